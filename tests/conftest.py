@@ -1,0 +1,35 @@
+"""Fixtures of the whole suite: one thread, one seed, and where the golden numbers lie."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    """Seed torch before every test; `GRN_TEST_SEED` sets another seed."""
+    torch.manual_seed(int(os.environ.get("GRN_TEST_SEED", "0")))
+    torch.set_num_threads(1)
+    yield
+
+
+def _shared(name: str) -> Path:
+    root = Path(os.environ.get("GRN_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (root / name).is_dir():
+        pytest.skip(f"no folder {name!r} under {root}; point GRN_SHARED at the folder that has it")
+    return root / name
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Folder of stored outputs of the published architectures (`*.safetensors`)."""
+    return _shared("golden")
+
+
+@pytest.fixture
+def media() -> Path:
+    """Folder of short real video files (`*.mp4`)."""
+    return _shared("media")
