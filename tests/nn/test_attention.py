@@ -40,22 +40,40 @@ def test_attend_is_softmax_attention_with_shared_key_heads(num_kv_heads, is_mask
     torch.testing.assert_close(attend(q, k, v, mask), expected)
 
 
-def test_fused_attention_normalizes_rotates_and_attends_per_head():
-    layer = FusedAttention(24, 2).double()
+def turn(x: Tensor, weight: Tensor, rotary: Rotary) -> Tensor:
+    """Normalize every head and rotate its pairs as complex numbers."""
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(*rotary)).flatten(-2)
+
+
+def attend_slowly(layer, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+    q, k, v = (x.unflatten(-1, (-1, 12)).transpose(1, 2) for x in (q, k, v))
+    q, k = turn(q, layer.q_norm.weight, rotary), turn(k, layer.k_norm.weight, rotary)
+    return softmax_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def awaken_norms(layer):
     torch.nn.init.uniform_(layer.q_norm.weight)
     torch.nn.init.uniform_(layer.k_norm.weight)
+    return layer.double()
+
+
+def test_fused_attention_normalizes_rotates_and_attends_per_head():
+    layer = awaken_norms(FusedAttention(24, 2))
     x, rotary = torch.randn(2, 5, 24, dtype=torch.float64), rope_1d(torch.arange(5), dim=12)
-    q, k, v = (part.unflatten(-1, (2, 12)).transpose(1, 2) for part in layer.qkv(x).split(24, -1))
-
-    def turn(y: Tensor, weight: Tensor) -> Tensor:
-        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-        pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * torch.complex(*rotary)).flatten(-2)
-
-    y = softmax_attention(turn(q, layer.q_norm.weight), turn(k, layer.k_norm.weight), v)
-    expected = layer.proj(y.transpose(1, 2).flatten(2))
+    expected = layer.proj(attend_slowly(layer, *layer.qkv(x).split(24, -1), rotary))
     # The norm is float32 inside, by intention.
     torch.testing.assert_close(layer(x, rotary), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prefix_attention_normalizes_rotates_and_attends_with_shared_key_heads():
+    layer = awaken_norms(PrefixAttention(48, 4, 2))
+    x, rotary = torch.randn(2, 5, 48, dtype=torch.float64), rope_1d(torch.arange(5), dim=12)
+    qkv = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
+    expected = layer.o_proj(attend_slowly(layer, *qkv, rotary))
+    result = layer(x, AttentionLayout(rotary))[0]
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_attention_weights_acts_in_training_only():
