@@ -77,7 +77,7 @@ def draw(
     u = u.float().clamp(max=_BELOW_ONE)  # a float64 number may round up to 1
     if logits.shape[-1] == 2:
         return _draw_bit(logits, u, temperature)
-    cumulative = log_probs(logits, temperature=temperature).exp().cumsum(-1).contiguous()
+    cumulative = log_probs(logits, temperature=temperature).exp().cumsum(-1)
     threshold = u.unsqueeze(-1) * cumulative[..., -1:]  # below the last entry: no draw overshoots
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1)  # NaN logits must not become an invalid index

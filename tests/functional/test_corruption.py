@@ -34,7 +34,10 @@ def test_an_alphabet_of_one_is_refused():
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_noise_at_zero_data_at_one_and_every_element_from_one_of_them(grid):
     x_1, x_0 = torch.randint(16, (3, 4, *grid)), torch.randint(16, (3, 4, *grid))
-    keep = keep_mask(torch.rand(3, 4, *grid), torch.tensor([0.0, 1.0, 0.5]))
+    u = torch.rand(3, 4, *grid)
+    u[:, 0] = 0.0  # the smallest and the largest number there is
+    u[:, 1] = 1 - 2.0**-24
+    keep = keep_mask(u, torch.tensor([0.0, 1.0, 0.5]))
     x_t = corrupt(x_1, x_0, keep)
     torch.testing.assert_close(x_t[0], x_0[0])
     torch.testing.assert_close(x_t[1], x_1[1])

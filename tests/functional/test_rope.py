@@ -214,6 +214,8 @@ def test_refusals_name_what_is_allowed():
         visual_rotary(1, 130, 130, head_dim=24)
     with pytest.raises(ValueError, match="template 3.0 must fit into 225 x 75 positions"):
         visual_rotary(1, 76, 76, head_dim=24, aspect_template=3.0)
+    with pytest.raises(ValueError, match="template 0.333 must fit into 74 x 225 positions"):
+        visual_rotary(1, 75, 75, head_dim=24, aspect_template=0.333)
     with pytest.raises(ValueError, match=r"aspect_template must be one of 3\.0, 2\.5.* got 1\.78"):
         visual_rotary(1, 4, 4, head_dim=24, aspect_template=1.78)
     with pytest.raises(ValueError, match="text length must be at most 512"):
