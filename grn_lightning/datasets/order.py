@@ -248,6 +248,20 @@ class TrainingOrder:
     def _global_batch_size(self, source: int) -> int:
         return self.sources[source].batch_size * self.num_ranks
 
+    def rebalance(self, num_batches: int, samples: tuple[int, ...]) -> Position:
+        """Return a position in which every source has had its share of the steps.
+
+        For a run that goes on with other sources or weights: the schedule would otherwise make
+        up for all the steps that the new weights would have taken differently.
+
+        Args:
+            num_batches: Steps taken.
+            samples: Samples taken from each source.
+        """
+        batches = [int(share * num_batches) for share in self.shares]
+        batches[0] += num_batches - sum(batches)
+        return Position(tuple(batches), samples)
+
     def batch(self, position: Position, *, rank: int = 0) -> list[SampleRequest]:
         """Return what one rank reads in the step at `position`."""
         source = self.source_at(position)

@@ -194,6 +194,15 @@ def test_advancing_one_source_by_many_steps_is_the_sum_of_single_steps():
     assert (position.num_batches, position.num_samples) == (9, 54)
 
 
+@pytest.mark.parametrize("num_steps", [0, 1, 10, 1001])
+def test_rebalanced_sources_have_had_their_share(num_steps):
+    order = two_sources(num_ranks=1, weights=(3.0, 1.0))
+    position = order.rebalance(num_steps, (5, 6))
+    assert position.samples == (5, 6)
+    assert position.num_batches == num_steps
+    assert abs(position.batches[0] - 0.75 * num_steps) <= 1
+
+
 # --- validation -----------------------------------------------------------------------------------
 
 
