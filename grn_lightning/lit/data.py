@@ -351,6 +351,12 @@ class ShardData(L.LightningDataModule):
         self._position = self._order.advance(known, steps - known.num_batches)
         return self._position
 
+    def samples_per_step(self, num_ranks: int) -> float:
+        """Mean number of samples of a training batch over all ranks and, by weight, sources."""
+        weights = [source.weight for source in self.sources]
+        sizes = [source.weight * source.batch_size for source in self.sources]
+        return num_ranks * sum(sizes) / sum(weights)
+
     @property
     def samples_seen(self) -> int:
         """Samples that all ranks together have trained on."""

@@ -1,0 +1,92 @@
+"""What the LightningModules of both stages share: counting, seeding, optimizer, step logs.
+
+One count rules schedules, axes and names: `samples_seen`, over all devices. Random numbers of a
+training step are functions of (seed, samples seen), so that a resumed run is the run that never
+stopped.
+"""
+
+from abc import ABC
+from dataclasses import asdict, is_dataclass
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from grn_lightning.lit.optim import OptimConfig, configure_optimizers
+
+ConfigT = TypeVar("ConfigT")
+
+
+def as_config(kind: type[ConfigT], value: Any) -> ConfigT:
+    """Return a configuration from itself, from the plain data of a checkpoint, or from nothing."""
+    if value is None:
+        return kind()
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def as_plain(value: Any) -> Any:
+    """Return a configuration as plain data, which a checkpoint may hold and load safely."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+class StageModule(L.LightningModule, ABC):
+    """Base of the tokenizer stage and the generator stage.
+
+    Attributes:
+        averaged: Names of the submodules whose moving average validation, samples and exports use.
+        samples_seen: Samples trained on, over all devices.
+        seed: Seed of the noise of training.
+    """
+
+    averaged: tuple[str, ...] = ()
+
+    def __init__(self, *, optim: OptimConfig | dict[str, Any] | None, seed: int):
+        super().__init__()
+        self.optim = as_config(OptimConfig, optim)
+        self.seed = seed
+        self.samples_seen = 0
+
+    def count_samples(self, batch_size: int) -> None:
+        """Count a training batch; every device has one of the same size."""
+        self.samples_seen += batch_size * self.trainer.world_size
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimizer and schedule from `optim`."""
+        return configure_optimizers(
+            self,
+            self.optim,
+            total_samples=self._planned_samples(),
+            samples_seen=lambda: self.samples_seen,
+        )
+
+    def _planned_samples(self) -> int | None:
+        """Samples of the whole training, if the trainer has a `max_steps`."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.trainer.max_steps < 1 or data is None:
+            return None
+        per_step = data.samples_per_step(self.trainer.world_size)
+        return round(self.trainer.max_steps * self.trainer.accumulate_grad_batches * per_step)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what draws from the global generator (dropout) by the samples seen."""
+        mixed = (self.seed * 1_000_003 + self.samples_seen) * 4099 + self.trainer.global_rank
+        torch.manual_seed(mixed % 2**63)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient's global norm, before clipping."""
+        if self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            grads = [p.grad for p in parameters if p.grad is not None]
+            self.log("train/grad_norm", get_total_norm(grads))
+            self.log("train/samples_seen", float(self.samples_seen))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the count."""
+        checkpoint["samples_seen"] = self.samples_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the count."""
+        self.samples_seen = checkpoint["samples_seen"]

@@ -1,0 +1,73 @@
+"""Finding checkpoints of runs and loading what they trained, with averaged weights."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EMA_STATE = "ema"
+"""Key of the averaged weights in a checkpoint's callback states; see `lit/callbacks/ema.py`."""
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that a file or a run folder stands for.
+
+    Args:
+        path: A `.ckpt` file, or a folder under which the newest `last.ckpt` is taken.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    found = sorted(path.rglob("last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        what = "no `last.ckpt` lies under that folder" if path.is_dir() else "it does not exist"
+        raise ValueError(
+            f"no checkpoint at '{path}': {what}. Train one first (`make train-tokenizer` for the "
+            "embedded tokenizer), or give the path of a .ckpt file or of a run's folder."
+        )
+    return found[-1]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint safely: tensors and plain data only.
+
+    Raises:
+        ValueError: If there is none, or the file is not a complete checkpoint.
+    """
+    file = find_checkpoint(path)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"'{file}' cannot be read as a checkpoint ({type(error).__name__}); it is damaged, "
+            "unfinished, or holds more than tensors and plain data. Take another one."
+        ) from error
+
+
+def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the module's state with averaged weights where the run kept an average."""
+    state = dict(checkpoint["state_dict"])
+    for name, callback_state in checkpoint.get("callbacks", {}).items():
+        if name.startswith(EMA_STATE):
+            state.update(callback_state["shadows"])
+    return state
+
+
+def select(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors below `prefix.`, without it."""
+    start = prefix + "."
+    return {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return the first 16 hex digits of a SHA-256 over names, shapes and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

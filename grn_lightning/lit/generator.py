@@ -1,0 +1,399 @@
+"""The generator stage: predict every code of a corrupted map, given a class or a caption.
+
+The tokenizer is frozen, is found by its path and never enters a checkpoint; its hash does. All
+noise of a training sample (time, mask, random codes, whether the condition is dropped) is a
+function of (seed, running number of the sample), so that it depends neither on the number of
+devices nor on an interruption.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grn_lightning.datasets.samples import Batch
+from grn_lightning.functional import (
+    Stream,
+    accuracy_by_time,
+    codes_to_elements,
+    corrupt,
+    counter_uniform,
+    element_sizes,
+    elements_to_codes,
+    keep_mask,
+    logit_normal,
+    random_codes,
+    shift,
+    token_accuracy,
+    token_cross_entropy,
+)
+from grn_lightning.lit.base import StageModule, as_config, as_plain
+from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select, weights_hash
+from grn_lightning.lit.optim import OptimConfig
+from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
+from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
+from grn_lightning.models.grn_text import GRNText, GRNTextConfig, TextCondition
+from grn_lightning.models.text_encoder import OpenClipTextEncoder, TextEncoderConfig
+from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
+from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
+from grn_lightning.samplers import RefineConfig, RefineResult, refine
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionConfig:
+    """How training samples are corrupted (GRN, training section)."""
+
+    time_mean: float = -0.8
+    """Mean of logit(t); the published class-conditional value. Lower is noisier."""
+    time_std: float = 0.8
+    """Standard deviation of logit(t)."""
+    time_shift: float = 1.0
+    """alpha of t / (t + alpha (1 - t)); above 1 is noisier, for large maps."""
+    condition_dropout: float = 0.1
+    """Share of samples that train the unconditional branch."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        issues = []
+        if self.time_std <= 0:
+            issues.append(f"`time_std` must be positive, got {self.time_std}")
+        if self.time_shift <= 0:
+            issues.append(f"`time_shift` must be positive, got {self.time_shift}")
+        if not 0 <= self.condition_dropout <= 1:
+            issues.append(f"`condition_dropout` must be in [0, 1], got {self.condition_dropout}")
+        if issues:
+            raise ValueError("CorruptionConfig: " + "; ".join(issues) + ".")
+
+
+Condition = Tensor | TextCondition
+
+
+def _generator_config(value: Any) -> GRNClassConfig | GRNTextConfig:
+    """Resolve a row's name or the plain data of a checkpoint."""
+    if isinstance(value, str):
+        return get_variant({**GRN_CLASS, **GRN_TEXT}, value)
+    if isinstance(value, dict):
+        return (GRNClassConfig if "num_classes" in value else GRNTextConfig)(**value)
+    return value
+
+
+def target_of(
+    generator: GRNClassConfig | GRNTextConfig, tokenizer: TokenizerConfig
+) -> Literal["index", "bit"]:
+    """Return the form in which a generator predicts the codes of a tokenizer.
+
+    Raises:
+        ValueError: If the sizes fit neither form.
+    """
+    asked = (generator.num_elements, generator.alphabet_size)
+    channels, rounds = tokenizer.latent_channels, tokenizer.num_rounds
+    targets: tuple[Literal["index"], Literal["bit"]] = ("index", "bit")
+    sizes = {t: tuple(element_sizes(channels, num_rounds=rounds, target=t)) for t in targets}
+    for target in targets:
+        if sizes[target] == asked:
+            return target
+    raise ValueError(
+        "the generator's (`num_elements`, `alphabet_size`) must be "
+        f"{sizes['index']} or {sizes['bit']} for a tokenizer of {channels} channels and {rounds} "
+        f"rounds, got {asked}."
+    )
+
+
+class LitGenerator(StageModule):
+    """Trains a `GRNClass` on classes or a `GRNText` on captions; images and clips alike.
+
+    Args:
+        generator: A configuration, or the name of a row of `GRN_CLASS` or `GRN_TEXT`.
+        tokenizer: Checkpoint of a tokenizer run, or the run's folder.
+        text_encoder: Text tower, for a `GRNText`; "tiny" is trained along.
+        corruption: Time distribution and condition dropout.
+        optim: Optimizer and schedule.
+        init_from: Checkpoint or run folder of another generator run whose averaged weights are
+            the start; null starts from random weights.
+        cache_codes: Keep the codes of every training sample in memory, by its key. For sets that
+            fit and are not augmented.
+        seed: Seed of all noise.
+    """
+
+    averaged = ("generator", "text_encoder")
+
+    def __init__(
+        self,
+        generator: GRNClassConfig | GRNTextConfig | str,
+        tokenizer: str,
+        *,
+        text_encoder: TextEncoderConfig | None = None,
+        corruption: CorruptionConfig | None = None,
+        optim: OptimConfig | None = None,
+        init_from: str | None = None,
+        cache_codes: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__(optim=optim, seed=seed)
+        self.generator_config = _generator_config(generator)
+        self.corruption = as_config(CorruptionConfig, corruption)
+        self.tokenizer_path = tokenizer
+        self.is_text = isinstance(self.generator_config, GRNTextConfig)
+        self.text_config = as_config(TextEncoderConfig, text_encoder) if self.is_text else None
+        self.init_from = init_from
+        self.cache_codes = cache_codes
+        self.save_hyperparameters(
+            {
+                "generator": as_plain(self.generator_config),
+                "tokenizer": tokenizer,
+                "text_encoder": as_plain(self.text_config),
+                "corruption": as_plain(self.corruption),
+                "optim": as_plain(self.optim),
+                "init_from": init_from,
+                "cache_codes": cache_codes,
+                "seed": seed,
+            }
+        )
+        self._codes: dict[str, Tensor] = {}
+        self._null: TextCondition | None = None
+        self.val_accuracy = TimeBinnedAccuracy()
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the networks and load the tokenizer, once.
+
+        Raises:
+            ValueError: If tokenizer, generator and text encoder do not fit one another.
+        """
+        if hasattr(self, "generator"):
+            return
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        # A plain attribute: no submodule, so neither checkpoints nor strategies see it.
+        object.__setattr__(self, "tokenizer", tokenizer)
+        self.tokenizer_hash = weights_hash(tokenizer)
+        self.target = target_of(self.generator_config, tokenizer.config)
+        if isinstance(self.generator_config, GRNTextConfig):
+            assert self.text_config is not None
+            self.text_encoder = OpenClipTextEncoder(self.text_config)
+            _check_text_channels(self.generator_config, self.text_encoder)
+            self.generator: GRNText | GRNClass = GRNText(self.generator_config)
+        else:
+            self.generator = GRNClass(self.generator_config)
+        if self.init_from is not None:
+            self._load_weights(averaged_state(read_checkpoint(self.init_from)))
+
+    def _load_weights(self, state: dict[str, Tensor]) -> None:
+        self.generator.load_state_dict(select(state, "generator"))
+        if self.is_text:
+            self.text_encoder.load_state_dict(select(state, "text_encoder"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the count and which tokenizer the codes come from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tokenizer_hash"] = self.tokenizer_hash
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the count; refuse another tokenizer.
+
+        Raises:
+            ValueError: If the tokenizer at hand is not the one of the checkpoint.
+        """
+        super().on_load_checkpoint(checkpoint)
+        self.configure_model()
+        if checkpoint["tokenizer_hash"] != self.tokenizer_hash:
+            raise ValueError(
+                f"the checkpoint was trained on codes of tokenizer {checkpoint['tokenizer_hash']}, "
+                f"but '{self.tokenizer_path}' holds tokenizer {self.tokenizer_hash}. Set "
+                "`model.tokenizer` to the former's checkpoint, or start a new run."
+            )
+
+    # --- codes and conditions ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def tokenize(self, clips: Tensor) -> Tensor:
+        """Map clips `(b, 3, f, h, w)` to the generator's elements `(b, c, *grid)`."""
+        tokenizer: HBQTokenizer = self.tokenizer.to(self.device)
+        codes = tokenizer.tokenize(clips)
+        elements = codes_to_elements(
+            codes, num_rounds=tokenizer.config.num_rounds, target=self.target
+        )
+        return elements if self.is_text else elements.squeeze(2)
+
+    @torch.no_grad()
+    def detokenize(self, elements: Tensor) -> Tensor:
+        """Map elements `(b, c, *grid)` to clips `(b, 3, f, h, w)`, clamped to [-1, 1]."""
+        tokenizer: HBQTokenizer = self.tokenizer.to(self.device)
+        codes = elements_to_codes(
+            elements, num_rounds=tokenizer.config.num_rounds, target=self.target
+        )
+        codes = codes if self.is_text else codes.unsqueeze(2)
+        return tokenizer.detokenize(codes).float().clamp(-1, 1)
+
+    def _training_elements(self, batch: Batch) -> Tensor:
+        """Elements of a training batch, remembered by key if `cache_codes`."""
+        if not self.cache_codes:
+            return self.tokenize(batch["clips"])
+        if any(key not in self._codes for key in batch["keys"]):
+            elements = self.tokenize(batch["clips"])
+            # 8 bits hold an element: the alphabet is 2 or 2^M with M <= 8 in every known variant.
+            self._codes.update(zip(batch["keys"], elements.to(torch.uint8).cpu(), strict=True))
+            return elements
+        return torch.stack([self._codes[key] for key in batch["keys"]]).long().to(self.device)
+
+    def condition(self, batch: Batch, dropped: Tensor | None = None) -> Condition:
+        """Return what a batch's samples are generated from.
+
+        Args:
+            batch: With `captions` for a `GRNText`, `class_labels` for a `GRNClass`.
+            dropped: `(b,)` bool, True where the condition is replaced by the null condition.
+
+        Raises:
+            ValueError: If the batch lacks them.
+        """
+        field = "captions" if self.is_text else "class_labels"
+        if field not in batch:
+            option = "with_captions" if self.is_text else "with_classes"
+            raise ValueError(f"batches have no {field!r}; set `data.{option}: true`.")
+        if not self.is_text:
+            labels = batch["class_labels"]
+            null = self.generator_config.num_classes  # type: ignore[union-attr]
+            return labels if dropped is None else labels.masked_fill(dropped, null)
+        captions = batch["captions"]
+        if dropped is not None:
+            pairs = zip(captions, dropped.tolist(), strict=True)
+            captions = ["" if is_dropped else caption for caption, is_dropped in pairs]
+        return self.text_encoder(self.text_encoder.tokenize(captions).to(self.device))
+
+    def null_condition(self, batch_size: int) -> Condition:
+        """Return the condition of the unconditional branch: the null class, or the empty text."""
+        if self.is_text:
+            return self.text_encoder(self.text_encoder.tokenize([""] * batch_size).to(self.device))
+        return self.generator.null_condition(batch_size, self.device)  # type: ignore[union-attr]
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def _uniform(self, sample_index: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
+        return counter_uniform(sample_index, seed=self.seed, step=0, stream=stream, shape=shape)
+
+    def _predict(
+        self, x_1: Tensor, index: Tensor, batch: Batch, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Corrupt elements by the noise of their sample and predict them; logits and times."""
+        config, shape = self.corruption, tuple(x_1.shape[1:])
+        u = self._uniform(index, Stream.TIME, ())
+        t = shift(logit_normal(u, mean=config.time_mean, std=config.time_std), config.time_shift)
+        u = self._uniform(index, Stream.INITIAL, shape)
+        x_0 = random_codes(u, alphabet_size=self.generator_config.alphabet_size)
+        x_t = corrupt(x_1, x_0, keep_mask(self._uniform(index, Stream.KEEP, shape), t))
+        dropped = self._uniform(index, Stream.DROP, ()) < dropout
+        return self.generator(x_t, t, self.condition(batch, dropped)), t
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Take one step on a batch of one source."""
+        x_1 = self._training_elements(batch)
+        dropout = self.corruption.condition_dropout
+        logits, t = self._predict(x_1, batch["sample_index"], batch, dropout)
+        loss = token_cross_entropy(logits, x_1).mean()
+        self.count_samples(len(x_1))
+
+        self.log("train/loss", loss, prog_bar=True)
+        if self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+            self._log_accuracy(token_accuracy(logits, x_1), t)
+        return loss
+
+    def _log_accuracy(self, accuracy: Tensor, t: Tensor) -> None:
+        self.log("train/accuracy", accuracy.mean(), prog_bar=True)
+        sums, counts = accuracy_by_time(accuracy, t)
+        for bin_number in counts.nonzero().flatten().tolist():
+            name = f"train_accuracy/t{bin_number / len(counts):.1f}"
+            self.log(name, sums[bin_number] / counts[bin_number])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy on held-out samples, with the noise of their position in the set."""
+        x_1 = self.tokenize(batch["clips"])
+        logits, t = self._predict(x_1, batch["sample_index"], batch, 0.0)
+        loss = token_cross_entropy(logits, x_1)
+        self.val_accuracy.update(loss, token_accuracy(logits, x_1), t, batch["weights"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all devices."""
+        result = self.val_accuracy.compute()
+        self.val_accuracy.reset()
+        self.log("val/loss", result.loss, prog_bar=True)
+        self.log("val/accuracy", result.accuracy)
+        for bin_number, accuracy in enumerate(result.accuracy_by_time.tolist()):
+            if accuracy == accuracy:  # bins without a sample are NaN
+                self.log(f"val_accuracy/t{bin_number / 10:.1f}", accuracy)
+
+    # --- sampling ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Condition,
+        sample_index: Tensor,
+        *,
+        grid: tuple[int, ...],
+        config: RefineConfig,
+        seed: int,
+    ) -> RefineResult:
+        """Draw one sample per row of a condition.
+
+        Args:
+            condition: From `condition`.
+            sample_index: `(b,)` long: names the noise of each sample.
+            grid: `(f, h, w)` in latents, or `(h, w)` for a `GRNClass`.
+            config: Steps, guidance, temperature.
+            seed: Seed of the job.
+
+        Returns:
+            Elements `(b, c, *grid)` with costs and entropies; `detokenize` makes clips of them.
+        """
+        return refine(
+            self.generator,
+            (self.generator_config.num_elements, *grid),
+            condition=condition,
+            null_condition=self.null_condition(len(sample_index)),
+            sample_index=sample_index,
+            seed=seed,
+            alphabet_size=self.generator_config.alphabet_size,
+            config=config,
+        )
+
+    def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Return the grid that clips of this size have; `GRNClass` knows no frames."""
+        grid = self.tokenizer.config.latent_shape(num_frames, height, width)[1:]
+        return grid if self.is_text else grid[1:]
+
+
+def _check_text_channels(config: GRNTextConfig, encoder: OpenClipTextEncoder) -> None:
+    if config.text_channels != encoder.text_channels:
+        raise ValueError(
+            f"`generator.text_channels` must be the text encoder's width {encoder.text_channels}, "
+            f"got {config.text_channels}."
+        )
+
+
+def load_generator(path: str | Any, *, tokenizer: str | None = None) -> LitGenerator:
+    """Return a trained generator with averaged weights, its tokenizer and text encoder.
+
+    Args:
+        path: Checkpoint of a `LitGenerator`, or the folder of its run.
+        tokenizer: Where its tokenizer lies, if not where it lay in training.
+
+    Raises:
+        ValueError: If there is no checkpoint, it is one of another kind, or its tokenizer is gone
+            or another one.
+    """
+    checkpoint = read_checkpoint(path)
+    hyper_parameters = dict(checkpoint.get("hyper_parameters", {}))
+    if "generator" not in hyper_parameters:
+        raise ValueError(
+            f"'{path}' is no checkpoint of a generator run: its hyper-parameters are "
+            f"{sorted(hyper_parameters)}. Give one that `LitGenerator` has written."
+        )
+    hyper_parameters["init_from"] = None
+    if tokenizer is not None:
+        hyper_parameters["tokenizer"] = tokenizer
+    module = LitGenerator(**hyper_parameters)
+    module.on_load_checkpoint(checkpoint)
+    module._load_weights(averaged_state(checkpoint))
+    return module.eval().requires_grad_(False)
