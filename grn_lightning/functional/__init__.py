@@ -55,6 +55,8 @@ from grn_lightning.functional.hbq import unpack_codes as unpack_codes
 from grn_lightning.functional.losses import accuracy_by_time as accuracy_by_time
 from grn_lightning.functional.losses import token_accuracy as token_accuracy
 from grn_lightning.functional.losses import token_cross_entropy as token_cross_entropy
+from grn_lightning.functional.lr import lr_multiplier as lr_multiplier
+from grn_lightning.functional.orthogonalize import orthogonalize as orthogonalize
 from grn_lightning.functional.patches import patchify as patchify
 from grn_lightning.functional.patches import unpatchify as unpatchify
 from grn_lightning.functional.random import Stream as Stream
