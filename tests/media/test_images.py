@@ -14,6 +14,7 @@ from grn_lightning.media.images import (
     encode_png,
     fit_short_side,
     to_float,
+    to_picture,
     to_uint8,
 )
 
@@ -104,7 +105,7 @@ def test_damaged_bytes_are_refused_by_name() -> None:
     data = encode_png(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"cats/a\.png \(1000 bytes\) does not decode"):
         decode_image(data[:1000], source="cats/a.png")
-    with pytest.raises(ValueError, match="does not decode"):
+    with pytest.raises(ValueError, match=r"image \(17 bytes\) is no picture of a known format"):
         decode_image(b"no picture at all")
     with pytest.raises(ValueError, match="floating point"):
         decode_image(_save(Image.new("F", (2, 2)), "TIFF"))
@@ -134,6 +135,19 @@ def test_shrinking_averages_instead_of_picking_pixels() -> None:
     stripes[..., ::2] = 255
     small = center_crop_resize(stripes, (16, 16))
     assert (small[..., 2:-2].int() - 127).abs().max() <= 2
+
+
+@pytest.mark.parametrize("size", [(16, 12), (40, 57)])
+def test_scaling_agrees_with_pil(size: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, 6, 9), dtype=torch.uint8)
+    image = image.repeat_interleave(5, 1).repeat_interleave(5, 2)  # 30 x 45
+    cover = max(size[0] / 30, size[1] / 45)
+    height, width = max(size[0], round(30 * cover)), max(size[1], round(45 * cover))
+    scaled = to_picture(image).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    expected = torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+    expected = expected[:, top : top + size[0], left : left + size[1]]
+    assert (center_crop_resize(image, size).int() - expected.int()).abs().max() <= 1
 
 
 def test_the_right_size_is_left_alone() -> None:
