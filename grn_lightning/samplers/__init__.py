@@ -1,0 +1,17 @@
+"""Loops over "a callable that returns logits"; a sampler knows a model only by its call."""
+
+from grn_lightning.samplers.batches import RefinedBatch as RefinedBatch
+from grn_lightning.samplers.batches import refine_in_batches as refine_in_batches
+from grn_lightning.samplers.conditions import Condition as Condition
+from grn_lightning.samplers.conditions import concatenate_conditions as concatenate_conditions
+from grn_lightning.samplers.conditions import expand_rows as expand_rows
+from grn_lightning.samplers.conditions import num_rows as num_rows
+from grn_lightning.samplers.conditions import select_rows as select_rows
+from grn_lightning.samplers.refine import ForwardCount as ForwardCount
+from grn_lightning.samplers.refine import Generator as Generator
+from grn_lightning.samplers.refine import RefineConfig as RefineConfig
+from grn_lightning.samplers.refine import RefineResult as RefineResult
+from grn_lightning.samplers.refine import RefineState as RefineState
+from grn_lightning.samplers.refine import Step as Step
+from grn_lightning.samplers.refine import StepInfo as StepInfo
+from grn_lightning.samplers.refine import refine as refine
