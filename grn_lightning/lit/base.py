@@ -53,6 +53,12 @@ class StageModule(L.LightningModule, ABC):
         """Count a training batch; every device has one of the same size."""
         self.samples_seen += batch_size * self.trainer.world_size
 
+    @property
+    def is_logging_step(self) -> bool:
+        """Whether the trainer writes the logs of this step; costly ones are made only then."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return bool(every) and self.trainer.global_step % every == 0
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from `optim`."""
         return configure_optimizers(
@@ -77,7 +83,7 @@ class StageModule(L.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient's global norm, before clipping."""
-        if self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+        if self.is_logging_step:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             grads = [p.grad for p in parameters if p.grad is not None]
             self.log("train/grad_norm", get_total_norm(grads))

@@ -73,7 +73,8 @@ Condition = Tensor | TextCondition
 def _generator_config(value: Any) -> GRNClassConfig | GRNTextConfig:
     """Resolve a row's name or the plain data of a checkpoint."""
     if isinstance(value, str):
-        return get_variant({**GRN_CLASS, **GRN_TEXT}, value)
+        table: dict[str, GRNClassConfig | GRNTextConfig] = {**GRN_CLASS, **GRN_TEXT}
+        return get_variant(table, value)
     if isinstance(value, dict):
         return (GRNClassConfig if "num_classes" in value else GRNTextConfig)(**value)
     return value
@@ -118,6 +119,9 @@ class LitGenerator(StageModule):
     """
 
     averaged = ("generator", "text_encoder")
+    tokenizer: HBQTokenizer
+    generator: GRNText | GRNClass
+    text_encoder: OpenClipTextEncoder
 
     def __init__(
         self,
@@ -174,7 +178,7 @@ class LitGenerator(StageModule):
             assert self.text_config is not None
             self.text_encoder = OpenClipTextEncoder(self.text_config)
             _check_text_channels(self.generator_config, self.text_encoder)
-            self.generator: GRNText | GRNClass = GRNText(self.generator_config)
+            self.generator = GRNText(self.generator_config)
         else:
             self.generator = GRNClass(self.generator_config)
         if self.init_from is not None:
@@ -210,7 +214,7 @@ class LitGenerator(StageModule):
     @torch.no_grad()
     def tokenize(self, clips: Tensor) -> Tensor:
         """Map clips `(b, 3, f, h, w)` to the generator's elements `(b, c, *grid)`."""
-        tokenizer: HBQTokenizer = self.tokenizer.to(self.device)
+        tokenizer = self.tokenizer.to(self.device)
         codes = tokenizer.tokenize(clips)
         elements = codes_to_elements(
             codes, num_rounds=tokenizer.config.num_rounds, target=self.target
@@ -220,7 +224,7 @@ class LitGenerator(StageModule):
     @torch.no_grad()
     def detokenize(self, elements: Tensor) -> Tensor:
         """Map elements `(b, c, *grid)` to clips `(b, 3, f, h, w)`, clamped to [-1, 1]."""
-        tokenizer: HBQTokenizer = self.tokenizer.to(self.device)
+        tokenizer = self.tokenizer.to(self.device)
         codes = elements_to_codes(
             elements, num_rounds=tokenizer.config.num_rounds, target=self.target
         )
@@ -266,7 +270,8 @@ class LitGenerator(StageModule):
         """Return the condition of the unconditional branch: the null class, or the empty text."""
         if self.is_text:
             return self.text_encoder(self.text_encoder.tokenize([""] * batch_size).to(self.device))
-        return self.generator.null_condition(batch_size, self.device)  # type: ignore[union-attr]
+        assert isinstance(self.generator, GRNClass)
+        return self.generator.null_condition(batch_size, self.device)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -295,7 +300,7 @@ class LitGenerator(StageModule):
         self.count_samples(len(x_1))
 
         self.log("train/loss", loss, prog_bar=True)
-        if self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+        if self.is_logging_step:
             self._log_accuracy(token_accuracy(logits, x_1), t)
         return loss
 
@@ -357,6 +362,32 @@ class LitGenerator(StageModule):
             alphabet_size=self.generator_config.alphabet_size,
             config=config,
         )
+
+    def draw_clips(
+        self,
+        batch: Any,
+        sample_index: Tensor,
+        *,
+        size: tuple[int, int, int],
+        config: RefineConfig,
+        seed: int,
+    ) -> Tensor:
+        """Draw one clip per condition of a batch.
+
+        Args:
+            batch: With `captions` or `class_labels`.
+            sample_index: `(b,)` long.
+            size: Frames, height and width in pixels.
+            config: Steps, guidance, temperature.
+            seed: Seed of the job.
+
+        Returns:
+            Clips `(b, 3, f, h, w)` in [-1, 1].
+        """
+        grid = self.latent_grid(*size)
+        condition = self.condition(batch)
+        result = self.sample(condition, sample_index, grid=grid, config=config, seed=seed)
+        return self.detokenize(result.codes)
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the grid that clips of this size have; `GRNClass` knows no frames."""

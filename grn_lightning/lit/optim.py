@@ -86,7 +86,7 @@ class Muon(Optimizer):
         super().__init__(groups, {"betas": betas, "momentum": momentum, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -136,7 +136,9 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         Groups with `params`, `lr`, `weight_decay` and `use_muon`; none is empty.
     """
     tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
-    matrices, embeddings, vectors = [], [], []
+    matrices: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    vectors: list[Tensor] = []
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue

@@ -4,13 +4,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from grn_lightning.datasets.digits import DigitsConfig, build_digits
+from grn_lightning.datasets.digits import DigitsConfig, build_digits, load_scans
+from grn_lightning.metrics.digits import DigitJudge
 
 
 def digits(target: Path, *, content: DigitsConfig = DigitsConfig()) -> str:
     """Write shards of moving handwritten digits: images, clips, classes and captions.
 
-    A set that is already there is left as it is.
+    Beside it comes the judge, `judge.safetensors`, a small classifier fitted on the training scans.
+    What is already there is left as it is.
 
     Args:
         target: Folder of the set; `make data` takes `data/digits`.
@@ -28,4 +30,11 @@ def digits(target: Path, *, content: DigitsConfig = DigitsConfig()) -> str:
     with tqdm(total=total, desc="digits", unit="sample") as bar:
         for count in build_digits(target, content):
             bar.update(count)
+    judge_file = target / "judge.safetensors"
+    if not judge_file.is_file():
+        scans = load_scans("train", seed=content.seed)
+        judge = DigitJudge.fit(
+            scans.images, scans.labels, seed=content.seed, digit_size=content.digit_size
+        )
+        judge.save(judge_file)
     return f"{total} samples of moving digits lie in '{target}'."
