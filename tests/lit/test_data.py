@@ -181,6 +181,18 @@ def test_validation_reads_everything_once(images, films, num_ranks, num_workers)
     assert all(shape == shapes[0] for shape in shapes)
 
 
+def test_validation_does_not_augment(images, films):
+    flipped = image_data(images)
+    source = ShardSource(
+        path=str(films), batch_size=3, media="video", num_frames=3, random_window=True
+    )
+    for data in (flipped, ShardData([source], image_size=16)):
+        data.setup("validate")
+        clips = torch.cat([batch["clips"] for batch in data.val_dataloader()])
+        assert (clips[:, 1, 0, 0, 0] == -1).all()  # not mirrored
+        assert sorted(numbers_in(clips)) in ([*range(100, 107)], [50, 51, 52])  # first frames
+
+
 def test_a_source_need_not_have_validation(images):
     source = ShardSource(path=str(images), batch_size=1, split_val=None)
     data = ShardData([source], image_size=8)
