@@ -1,0 +1,14 @@
+"""Judges: reconstruction, code usage, Frechet distances, and the digits of the embedded set."""
+
+from grn_lightning.metrics.codes import CodeReport as CodeReport
+from grn_lightning.metrics.codes import CodeStatistics as CodeStatistics
+from grn_lightning.metrics.digits import DIRECTIONS as DIRECTIONS
+from grn_lightning.metrics.digits import DigitJudge as DigitJudge
+from grn_lightning.metrics.fid import FeatureExtractor as FeatureExtractor
+from grn_lightning.metrics.fid import FrechetDistance as FrechetDistance
+from grn_lightning.metrics.fid import InceptionFeatures as InceptionFeatures
+from grn_lightning.metrics.fid import fid_tag as fid_tag
+from grn_lightning.metrics.reconstruction import FrameMean as FrameMean
+from grn_lightning.metrics.reconstruction import FramePSNR as FramePSNR
+from grn_lightning.metrics.reconstruction import FrameSSIM as FrameSSIM
+from grn_lightning.metrics.reconstruction import reconstruction_metrics as reconstruction_metrics
