@@ -1,0 +1,93 @@
+# What one may do here; `make` alone lists it. Every target sets up what it needs, in .venv.
+# Targets call `grn` and the checkers; whatever has to be decided is decided in Python.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+INSTALL ?= $(VENV)/bin/python -m pip install
+BASE    ?= experiments/_base/cpu.yaml
+DIGITS   = data/digits
+RUNS     = runs
+
+GRN = $(VENV)/bin/grn
+FIT = $(GRN) fit $(addprefix -c ,$(BASE)) -c
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup data train-tokenizer train-c2i train-t2i train-t2v sample evaluate tensorboard
+.PHONY: demo test lint check format
+
+help: ## list the targets
+	@printf 'make TARGET [CONFIG=experiment.yaml] [ARGS="--trainer.max_steps=20"]\n\n'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while IFS='|' read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
+	@printf '\nVariables:\n'
+	@printf '  %-16s %s\n' \
+		CONFIG= 'experiment to train instead of the one on the embedded set' \
+		ARGS= 'further options for the command behind the target' \
+		BASE= 'settings below CONFIG; $(BASE) by default, may be empty' \
+		RUN= 'run folder or checkpoint of sample and evaluate' \
+		PYTHON= 'interpreter that makes $(VENV), 3.11 or newer' \
+		INSTALL= 'installer; for instance "uv pip install --python $(VENV)/bin/python"'
+
+# --- environment and data -----------------------------------------------------------------------
+
+setup: $(VENV)/.installed ## create the environment in .venv and install the package
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+data: setup ## write the embedded data set to data/digits (seconds)
+	$(GRN) digits $(DIGITS)
+
+# --- training -----------------------------------------------------------------------------------
+
+train-tokenizer: $(if $(CONFIG),setup,data) ## train a tokenizer on images and clips
+	$(FIT) $(or $(CONFIG),experiments/tokenizer/digits.yaml) $(ARGS)
+
+train-c2i: $(if $(CONFIG),setup,data) ## train a generator, class to image
+	$(FIT) $(or $(CONFIG),experiments/c2i/digits.yaml) $(ARGS)
+
+train-t2i: $(if $(CONFIG),setup,data) ## train a generator, text to image
+	$(FIT) $(or $(CONFIG),experiments/t2i/digits.yaml) $(ARGS)
+
+train-t2v: $(if $(CONFIG),setup,data) ## train a generator, text to video
+	$(FIT) $(or $(CONFIG),experiments/t2v/digits.yaml) $(ARGS)
+
+# --- what a run has learned ---------------------------------------------------------------------
+
+sample: setup ## draw from the newest checkpoint of RUN (text to video)
+	$(GRN) sample $(or $(RUN),$(RUNS)/t2v-digits) $(ARGS)
+
+evaluate: $(if $(CONFIG),setup,data) ## judge the newest checkpoint of RUN on held-out data
+	$(GRN) evaluate $(or $(RUN),$(RUNS)/t2v-digits) --data $(DIGITS)/clips $(ARGS)
+
+tensorboard: setup ## look at all runs in the browser
+	$(VENV)/bin/tensorboard --logdir $(RUNS) $(ARGS)
+
+demo: data ## digits to captioned video: train both stages, judge them, write a report
+	$(FIT) experiments/tokenizer/digits.yaml $(ARGS)
+	$(GRN) evaluate $(RUNS)/tokenizer-digits --data $(DIGITS)/clips
+	$(FIT) experiments/t2v/digits.yaml $(ARGS)
+	$(GRN) evaluate $(RUNS)/t2v-digits --data $(DIGITS)/clips
+	$(GRN) report $(RUNS)/tokenizer-digits $(RUNS)/t2v-digits --out $(RUNS)/demo/report.html
+	@printf '\nThe report is %s; open it in a browser.\n' '$(RUNS)/demo/report.html'
+
+# --- checks -------------------------------------------------------------------------------------
+
+test: setup ## run all tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: setup ## format, lint, types and import contracts, without changing a file
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+check: lint test ## everything that has to hold before a commit
+
+format: setup ## format the code and repair what can be repaired
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
