@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from shard_files import image_sample, numbers_in, picture, video_sample, write_split
 
 from grn_lightning.datasets import samples as samples_module
 from grn_lightning.datasets.order import SampleRequest
@@ -20,6 +19,7 @@ from grn_lightning.datasets.samples import (
     collate,
 )
 from grn_lightning.datasets.shards import ShardSet
+from tests.shard_files import image_sample, numbers_in, picture, video_sample, write_split
 
 IMAGES = SampleFormat(media="image", size=(8, 8), with_classes=True, with_captions=True)
 VIDEOS = SampleFormat(media="video", size=(16, 16), num_frames=3)

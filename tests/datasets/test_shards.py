@@ -6,12 +6,12 @@ import tarfile
 from contextlib import ExitStack
 
 import pytest
-from shard_files import image_sample, write_split
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from grn_lightning.datasets import shards as shards_module
 from grn_lightning.datasets.manifest import scan_shard
 from grn_lightning.datasets.shards import ShardSet, index_shard, split_name
+from tests.shard_files import image_sample, write_split
 
 FIELDS = ("png", "cls", "txt")
 

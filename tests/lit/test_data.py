@@ -11,9 +11,9 @@ import pytest
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
-from shard_files import image_sample, numbers_in, video_sample, write_split
 
 from grn_lightning.lit.data import LoaderConfig, ShardData, ShardSource
+from tests.shard_files import image_sample, numbers_in, video_sample, write_split
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # more than a test affords
