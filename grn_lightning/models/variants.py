@@ -86,7 +86,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
     #                        channels  encoder  decoder  multipliers
     "image-16d": _tokenizer(       16,     160,     256, (1, 2, 4, 4)),
     "joint-64d": _tokenizer(       64,     160,     256, (1, 2, 4, 4)),
-    "digits":    _tokenizer(       32,      64,      64, (1, 2, 2), **_DIGITS),
+    "digits":    _tokenizer(       32,      32,      32, (1, 2, 2), **_DIGITS),
 }
 
 # 256 x 256 pixels, class-conditional, for the 16-channel tokenizer: "index" predicts one of 16
