@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -63,14 +64,24 @@ def _run_trainer() -> Any:
 
 
 def _run_tool(name: str, args: Sequence[str]) -> Any:
-    """Parse a tool's options from its signature, call it, and show what it returns."""
+    """Parse a tool's options from its signature, call it, and show what it returns.
+
+    The fields of a dataclass that a tool takes as `config` become options of their own.
+    """
     tool: Callable[..., Any] = getattr(import_module(f"grn_lightning.scripts.{name}"), name)
     parser = ArgumentParser(prog=f"grn {name}", description=TOOLS[name], exit_on_error=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with options")
-    parser.add_function_arguments(tool, as_positional=True)
-    options = parser.instantiate_classes(parser.parse_args(list(args)))
+    parser.add_function_arguments(tool, as_positional=True, skip={"config"})
+    parameter = signature(tool).parameters.get("config")
+    fields: list[str] = []
+    if parameter is not None:
+        fields = parser.add_class_arguments(parameter.annotation)
+    options = dict(vars(parser.instantiate_classes(parser.parse_args(list(args)))))
     options.pop("config", None)
-    result = tool(**{key: options[key] for key in vars(options)})
+    flat = {field: options.pop(field) for field in fields}
+    if parameter is not None:
+        options["config"] = parameter.annotation(**flat)
+    result = tool(**options)
     if result is not None:
         sys.stdout.write(f"{result}\n")
     return result
