@@ -41,6 +41,8 @@ class DigitsConfig:
     """Frames of a clip; `1 + 4 k` suits a tokenizer with temporal stride 4."""
     speed: int = 1
     """Motion of a clip in pixels per frame."""
+    place_step: int = 4
+    """Start positions lie this many pixels apart; 1 allows every position."""
     fps: int = 8
     """Frame rate that is written into the clips, in frames per second."""
     num_train_clips: int = 6000
@@ -58,6 +60,8 @@ class DigitsConfig:
 
     def __post_init__(self) -> None:
         """Refuse digits that would leave the canvas."""
+        if self.place_step < 1:
+            raise ValueError(f"`place_step` must be at least 1 pixel, got {self.place_step}.")
         needed = self.digit_size + self.speed * (self.num_frames - 1)
         if needed > self.canvas_size:
             raise ValueError(
@@ -136,7 +140,9 @@ def draw_start(
     for unit in _UNIT_MOTION[direction] if direction else (0, 0):
         low = travel if unit < 0 else 0
         high = free - (travel if unit > 0 else 0)
-        start.append(int(rng.integers(low, high + 1)))
+        start.append(
+            low + config.place_step * int(rng.integers((high - low) // config.place_step + 1))
+        )
     return start[0], start[1]
 
 
