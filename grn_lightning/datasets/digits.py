@@ -59,9 +59,12 @@ class DigitsConfig:
     """Seed of the split, the positions and the directions."""
 
     def __post_init__(self) -> None:
-        """Refuse digits that would leave the canvas."""
-        if self.place_step < 1:
-            raise ValueError(f"`place_step` must be at least 1 pixel, got {self.place_step}.")
+        """Refuse numbers that mean nothing, and digits that would leave the canvas."""
+        least = {name: int(name != "seed") for name in asdict(self)}
+        low = {name: value for name, value in asdict(self).items() if value < least[name]}
+        if low:
+            issues = [f"`{n}` must be at least {least[n]}, got {value}" for n, value in low.items()]
+            raise ValueError("DigitsConfig: " + "; ".join(issues) + ".")
         needed = self.digit_size + self.speed * (self.num_frames - 1)
         if needed > self.canvas_size:
             raise ValueError(
