@@ -9,20 +9,20 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(
-    matrix: Float[Tensor, "rows cols"], *, num_steps: int = 5
-) -> Float[Tensor, "rows cols"]:
-    """Return a matrix with the same singular vectors and singular values near 1.
+    matrix: Float[Tensor, "*batch rows cols"], *, num_steps: int = 5
+) -> Float[Tensor, "*batch rows cols"]:
+    """Return matrices with the same singular vectors and singular values near 1.
 
     Args:
-        matrix: Any real matrix; zero stays zero.
+        matrix: Any real matrices, each on its own; zero stays zero.
         num_steps: Newton-Schulz steps.
 
     Returns:
         Approximately `U V^T` for `matrix = U S V^T`, in the same dtype.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if is_tall else matrix
-    x = x / x.norm().clamp_min(1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(num_steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x

@@ -6,15 +6,16 @@ needs a fraction of the steps (`experiments/LOG.md`). PyTorch's own Muon takes 2
 here a convolution kernel counts as the matrix `(out, in * taps)`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from grn_lightning.functional.lr import LRSchedule, lr_multiplier
 from grn_lightning.functional.orthogonalize import orthogonalize
@@ -47,15 +48,23 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
+        names, schedules = ("adamw", "muon"), get_args(LRSchedule)
+        total, fraction = self.total_samples, self.decay_fraction
         rules = {
+            f"`name` must be one of {names}, got {self.name!r}": self.name in names,
             f"`lr` must be positive, got {self.lr}": self.lr > 0,
             f"`muon_lr` must be positive, got {self.muon_lr}": self.muon_lr > 0,
+            f"`betas` must be in [0, 1), got {self.betas}": all(0 <= b < 1 for b in self.betas),
+            f"`momentum` must be in [0, 1), got {self.momentum}": 0 <= self.momentum < 1,
             f"`weight_decay` must be at least 0, got {self.weight_decay}": self.weight_decay >= 0,
-            f"`warmup_samples` must be at least 0, got {self.warmup_samples}": self.warmup_samples
-            >= 0,
-            f"`decay_fraction` must be in (0, 1], got {self.decay_fraction}": 0
-            < self.decay_fraction
-            <= 1,
+            f"`warmup_samples` must be at least 0, got {self.warmup_samples}": (
+                self.warmup_samples >= 0
+            ),
+            f"`schedule` must be one of {schedules}, got {self.schedule!r}": (
+                self.schedule in schedules
+            ),
+            f"`total_samples` must be positive or null, got {total}": total is None or total > 0,
+            f"`decay_fraction` must be in (0, 1], got {fraction}": 0 < fraction <= 1,
         }
         issues = [text for text, is_right in rules.items() if not is_right]
         if issues:
@@ -93,25 +102,39 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            move = self._muon if group["use_muon"] else self._adamw
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    move(parameter, parameter.grad, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            if group["use_muon"]:
+                self._muon(parameters, group)
+            else:
+                for parameter in parameters:
+                    self._adamw(parameter, group)
         return loss
 
-    def _muon(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Move matrices; those of one shape together, which is where the time goes."""
+        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            by_shape[len(parameter), parameter[0].numel()].append(parameter)
+        for (rows, columns), alike in by_shape.items():
+            updates = torch.stack([self._momentum(p, group).view(rows, columns) for p in alike])
+            scale = max(1.0, rows / columns) ** 0.5
+            for parameter, update in zip(alike, orthogonalize(updates), strict=True):
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Update the momentum and look ahead (Nesterov)."""
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(grad, 1 - group["momentum"])
-        nesterov = grad.lerp(state["momentum"], group["momentum"])
-        matrix = nesterov.reshape(len(parameter), -1)
-        scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-        update = orthogonalize(matrix).reshape(parameter.shape)
-        parameter.add_(update, alpha=-group["lr"] * scale)
+        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+        return parameter.grad.lerp(state["momentum"], group["momentum"]).contiguous()
 
-    def _adamw(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _adamw(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        grad = parameter.grad
+        assert grad is not None
         state, (beta_1, beta_2) = self.state[parameter], group["betas"]
         if not state:
             state["step"] = torch.zeros(())
@@ -139,12 +162,13 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     matrices: list[Tensor] = []
     embeddings: list[Tensor] = []
     vectors: list[Tensor] = []
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         # Gains of the tokenizer's norms are stored as (channels, 1, 1, 1): vectors all the same.
         is_vector = parameter.numel() == max(parameter.shape, default=1)
-        is_table = id(parameter) in tables
+        # Learned positions are plain parameters, and tables too: they multiply nothing.
+        is_table = id(parameter) in tables or not name.endswith("weight")
         (vectors if is_vector else embeddings if is_table else matrices).append(parameter)
     is_muon = config.name == "muon"
     groups = [
@@ -155,6 +179,40 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     for group, weight_decay in zip(groups, (config.weight_decay,) * 2 + (0.0,), strict=True):
         group["weight_decay"] = weight_decay
     return [group for group in groups if group["params"]]
+
+
+class SampleSchedule(LRScheduler):
+    """Learning rates as a function of the samples seen.
+
+    There is nothing to store. When a run is resumed, its own configuration and not the checkpoint
+    decides about learning rates, decay and momentum, so that the command line can change them.
+
+    Args:
+        optimizer: Its groups hold the rates that are multiplied.
+        multiplier: Factor at this moment.
+    """
+
+    def __init__(self, optimizer: Optimizer, multiplier: Callable[[], float]):
+        self.multiplier = multiplier
+        self.settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of each group."""
+        return [settings["lr"] * self.multiplier() for settings in self.settings]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the samples seen are counted elsewhere."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo what the optimizer has just read of another configuration."""
+        groups = zip(self.optimizer.param_groups, self.settings, self.get_lr(), strict=True)
+        for group, settings, lr in groups:
+            group.update(settings | {"lr": lr})
 
 
 def configure_optimizers(
@@ -184,7 +242,7 @@ def configure_optimizers(
         plain = [{k: v for k, v in group.items() if k != "use_muon"} for group in groups]
         optimizer = AdamW(plain, betas=config.betas)
 
-    def multiplier(_: int) -> float:
+    def multiplier() -> float:
         return lr_multiplier(
             samples_seen(),
             warmup_samples=config.warmup_samples,
@@ -193,5 +251,5 @@ def configure_optimizers(
             decay_fraction=config.decay_fraction,
         )
 
-    schedule = LambdaLR(optimizer, multiplier)
+    schedule = SampleSchedule(optimizer, multiplier)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
