@@ -1,0 +1,26 @@
+"""A tiny digits set, and a tokenizer that was trained on it for a few steps."""
+
+from pathlib import Path
+
+import pytest
+
+from grn_lightning.datasets.digits import build_digits
+from tests.tiny_runs import TINY_DIGITS, callback, checkpoints, fit, tokenizer_config
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 clips and 24 images to train on, 6 of each to validate."""
+    folder = tmp_path_factory.mktemp("digits")
+    for _ in build_digits(folder, TINY_DIGITS):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tokenizer that was trained for a few steps, with an average."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fit(folder, tokenizer_config(folder, digits, callbacks=[
+        callback("EMA", decay=0.9), checkpoints(folder, 4)]))  # fmt: skip
+    return folder
