@@ -7,6 +7,7 @@ INSTALL ?= $(VENV)/bin/python -m pip install
 BASE    ?= experiments/_base/cpu.yaml
 DIGITS   = data/digits
 RUNS     = runs
+PROMPTS  = ["the digit seven moves left", "the digit two moves up", "the digit three moves down"]
 
 GRN = $(VENV)/bin/grn
 FIT = $(GRN) fit $(addprefix -c ,$(BASE)) -c
@@ -26,6 +27,7 @@ help: ## list the targets
 		ARGS= 'further options for the command behind the target' \
 		BASE= 'settings below CONFIG; $(BASE) by default, may be empty' \
 		RUN= 'run folder or checkpoint of sample and evaluate' \
+		DATA= 'folder of shards of evaluate; $(DIGITS)/clips by default' \
 		PYTHON= 'interpreter that makes $(VENV), 3.11 or newer' \
 		INSTALL= 'installer; for instance "uv pip install --python $(VENV)/bin/python"'
 
@@ -58,20 +60,20 @@ train-t2v: $(if $(CONFIG),setup,data) ## train a generator, text to video
 
 # --- what a run has learned ---------------------------------------------------------------------
 
-sample: setup ## draw from the newest checkpoint of RUN (text to video)
-	$(GRN) sample $(or $(RUN),$(RUNS)/t2v-digits) $(ARGS)
+sample: setup ## draw from the newest checkpoint of RUN (ARGS='--prompts ...')
+	$(GRN) sample $(or $(RUN),$(RUNS)/t2v-digits) $(or $(ARGS),--prompts '$(PROMPTS)')
 
-evaluate: $(if $(CONFIG),setup,data) ## judge the newest checkpoint of RUN on held-out data
-	$(GRN) evaluate $(or $(RUN),$(RUNS)/t2v-digits) --data $(DIGITS)/clips $(ARGS)
+evaluate: $(if $(DATA),setup,data) ## judge the newest checkpoint of RUN on held-out data
+	$(GRN) evaluate $(or $(RUN),$(RUNS)/t2v-digits) $(or $(DATA),$(DIGITS)/clips) $(ARGS)
 
 tensorboard: setup ## look at all runs in the browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) $(ARGS)
 
 demo: data ## digits to captioned video: train both stages, judge them, write a report
 	$(FIT) experiments/tokenizer/digits.yaml $(ARGS)
-	$(GRN) evaluate $(RUNS)/tokenizer-digits --data $(DIGITS)/clips
+	$(GRN) evaluate $(RUNS)/tokenizer-digits $(DIGITS)/clips
 	$(FIT) experiments/t2v/digits.yaml $(ARGS)
-	$(GRN) evaluate $(RUNS)/t2v-digits --data $(DIGITS)/clips
+	$(GRN) evaluate $(RUNS)/t2v-digits $(DIGITS)/clips
 	$(GRN) report $(RUNS)/tokenizer-digits $(RUNS)/t2v-digits --out $(RUNS)/demo/report.html
 	@printf '\nThe report is %s; open it in a browser.\n' '$(RUNS)/demo/report.html'
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 MAKEFILE = ROOT / "Makefile"
 TARGETS = ["setup", "data", "sample", "evaluate", "tensorboard", "demo", "test", "check"]
 STAGES = ["tokenizer", "c2i", "t2i", "t2v"]
-OWN_VARIABLES = {"ARGS", "CONFIG", "BASE", "RUN", "VENV", "PYTHON", "INSTALL"}
+OWN_VARIABLES = {"ARGS", "CONFIG", "BASE", "RUN", "DATA", "VENV", "PYTHON", "INSTALL"}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -62,6 +62,12 @@ def test_training_takes_experiment_and_options(stage: str) -> None:
 def test_an_own_experiment_needs_no_embedded_data() -> None:
     (fit,) = _plan("train-t2v", "CONFIG=mine.yaml", "BASE=")
     assert fit.split() == ["ENV/bin/grn", "fit", "-c", "mine.yaml"]
+
+
+def test_evaluation_takes_run_data_and_options() -> None:
+    assert _plan("evaluate")[-1].split()[1:] == ["evaluate", "runs/t2v-digits", "data/digits/clips"]
+    (command,) = _plan("evaluate", "RUN=runs/a", "DATA=data/b", "ARGS=--seed 3")
+    assert command.split()[1:] == ["evaluate", "runs/a", "data/b", "--seed", "3"]
 
 
 def test_the_demo_trains_and_judges_before_it_reports() -> None:
