@@ -55,9 +55,12 @@ class StageModule(L.LightningModule, ABC):
 
     @property
     def is_logging_step(self) -> bool:
-        """Whether the trainer writes the logs of this step; costly ones are made only then."""
+        """Whether the trainer writes the logs of this step; costly ones are made only then.
+
+        To be asked before the optimizer has moved: the step then counts itself.
+        """
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return bool(every) and self.trainer.global_step % every == 0
+        return bool(every) and (self.trainer.global_step + 1) % every == 0
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from `optim`."""
@@ -94,5 +97,15 @@ class StageModule(L.LightningModule, ABC):
         checkpoint["samples_seen"] = self.samples_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count."""
+        """Restore the count.
+
+        Raises:
+            ValueError: If the checkpoint is one of another stage.
+        """
+        hyper_parameters = checkpoint.get("hyper_parameters", {})
+        if not isinstance(hyper_parameters.get(self.averaged[0]), dict):
+            raise ValueError(
+                f"the checkpoint is not one of a {type(self).__name__} run: its hyper-parameters "
+                f"are {sorted(hyper_parameters)}. Resume from one that this stage has written."
+            )
         self.samples_seen = checkpoint["samples_seen"]

@@ -34,7 +34,7 @@ class EMA(L.Callback):
         self.num_updates = 0
         self.shadows: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
-        self._last_step = -1
+        self._last_step = 0
 
     @property
     def state_key(self) -> str:
@@ -58,6 +58,10 @@ class EMA(L.Callback):
         for name, source in sources.items():
             shadow = self.shadows.get(name, source.detach())
             self.shadows[name] = shadow.to(source.device, torch.float32, copy=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step to start from: a batch that only accumulates gradients is none."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
