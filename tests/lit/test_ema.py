@@ -55,8 +55,9 @@ class Toy(L.LightningModule):
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.seen["test"] = self.weights()
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.seen["predict"] = self.weights()
+        return self.network(batch)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         samples = torch.randn(24, 3, generator=torch.Generator().manual_seed(2))
