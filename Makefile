@@ -7,7 +7,10 @@ INSTALL ?= $(VENV)/bin/python -m pip install
 BASE    ?= experiments/_base/cpu.yaml
 DIGITS   = data/digits
 RUNS     = runs
+
+# What text to video is asked for, and the steps and guidance of experiments/t2v/digits.yaml.
 PROMPTS  = ["the digit seven moves left", "the digit two moves up", "the digit three moves down"]
+DRAW     = --refine.num_steps 16 --refine.guidance_scale 3.0
 
 GRN = $(VENV)/bin/grn
 FIT = $(GRN) fit $(addprefix -c ,$(BASE)) -c
@@ -41,7 +44,7 @@ $(VENV)/.installed: pyproject.toml
 	$(INSTALL) -e '.[dev]'
 	@touch $@
 
-data: setup ## write the embedded data set to data/digits (seconds)
+data: setup ## write the embedded data set to data/digits (once)
 	$(GRN) digits $(DIGITS)
 
 # --- training -----------------------------------------------------------------------------------
@@ -61,10 +64,10 @@ train-t2v: $(if $(CONFIG),setup,data) ## train a generator, text to video
 # --- what a run has learned ---------------------------------------------------------------------
 
 sample: setup ## draw from the newest checkpoint of RUN (ARGS='--prompts ...')
-	$(GRN) sample $(or $(RUN),$(RUNS)/t2v-digits) $(or $(ARGS),--prompts '$(PROMPTS)')
+	$(GRN) sample $(or $(RUN),$(RUNS)/t2v-digits) $(or $(ARGS),--prompts '$(PROMPTS)' $(DRAW))
 
 evaluate: $(if $(DATA),setup,data) ## judge the newest checkpoint of RUN on held-out data
-	$(GRN) evaluate $(or $(RUN),$(RUNS)/t2v-digits) $(or $(DATA),$(DIGITS)/clips) $(ARGS)
+	$(GRN) evaluate $(or $(RUN),$(RUNS)/t2v-digits) $(or $(DATA),$(DIGITS)/clips) $(if $(RUN),,$(DRAW)) $(ARGS)
 
 tensorboard: setup ## look at all runs in the browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) $(ARGS)
@@ -73,8 +76,8 @@ demo: data ## digits to captioned video: train both stages, judge them, write a 
 	$(FIT) experiments/tokenizer/digits.yaml $(ARGS)
 	$(GRN) evaluate $(RUNS)/tokenizer-digits $(DIGITS)/clips
 	$(FIT) experiments/t2v/digits.yaml $(ARGS)
-	$(GRN) evaluate $(RUNS)/t2v-digits $(DIGITS)/clips
-	$(GRN) report $(RUNS)/tokenizer-digits $(RUNS)/t2v-digits --out $(RUNS)/demo/report.html
+	$(GRN) evaluate $(RUNS)/t2v-digits $(DIGITS)/clips $(DRAW)
+	$(GRN) report '[$(RUNS)/tokenizer-digits, $(RUNS)/t2v-digits]' --out $(RUNS)/demo/report.html
 	@printf '\nThe report is %s; open it in a browser.\n' '$(RUNS)/demo/report.html'
 
 # --- checks -------------------------------------------------------------------------------------

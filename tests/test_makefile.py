@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 MAKEFILE = ROOT / "Makefile"
@@ -65,9 +66,19 @@ def test_an_own_experiment_needs_no_embedded_data() -> None:
 
 
 def test_evaluation_takes_run_data_and_options() -> None:
-    assert _plan("evaluate")[-1].split()[1:] == ["evaluate", "runs/t2v-digits", "data/digits/clips"]
+    command = _plan("evaluate")[-1]
+    assert command.startswith("ENV/bin/grn evaluate runs/t2v-digits data/digits/clips ")
     (command,) = _plan("evaluate", "RUN=runs/a", "DATA=data/b", "ARGS=--seed 3")
     assert command.split()[1:] == ["evaluate", "runs/a", "data/b", "--seed", "3"]
+
+
+def test_clips_are_drawn_as_the_experiment_says() -> None:
+    experiment = yaml.safe_load((ROOT / "experiments" / "t2v" / "digits.yaml").read_text())
+    options = [callback.get("init_args", {}) for callback in experiment["trainer"]["callbacks"]]
+    (refine,) = {tuple(o["refine"].items()) for o in options if "refine" in o}
+    words = [word for key, value in refine for word in (f"--refine.{key}", str(value))]
+    for target in ("sample", "evaluate", "demo"):
+        assert " ".join(words) in "\n".join(_plan(target))
 
 
 def test_the_demo_trains_and_judges_before_it_reports() -> None:

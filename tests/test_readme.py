@@ -38,7 +38,7 @@ def _commands(program: str) -> list[str]:
     """Lines of blocks, and spans of sentences, that call a program; the templates left out."""
     found = []
     for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
         spans = [" ".join(span.split()) for span in SPAN.findall(BLOCK.sub("", text))]
         found += [line for line in lines + spans if line.startswith(program + " ")]
