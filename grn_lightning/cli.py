@@ -3,16 +3,18 @@
 Every tool is a typed function; its signature is its command line and its docstring its help.
 """
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
+from traceback import walk_tb
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from omegaconf.errors import OmegaConfBaseException
+
+from grn_lightning.complaints import explain
 
 TRAINER_COMMANDS = {
     "fit": "train: grn fit -c experiments/tokenizer/digits.yaml",
@@ -45,22 +47,48 @@ def _run_trainer() -> Any:
     """Hand over to LightningCLI; imported here, so that tools and help start quickly."""
     import lightning as L
     from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from grn_lightning.lit.checkpoints import check_checkpoint
 
     class GRNCLI(LightningCLI):
         def _parse_ckpt_path(self) -> None:
-            """Do nothing: Lightning would let a checkpoint's settings beat the command line."""
+            """Look at the file only: Lightning would let its settings beat the command line."""
+            path = self.config[self.config["subcommand"]].get("ckpt_path")
+            if path not in (None, "best", "last", "hpc"):
+                check_checkpoint(path)
 
     # Absolute interpolations (${data.init_args.x}) are resolved after all files and overrides.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    return GRNCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
-    )
+    parser_kwargs = {
+        "parser_mode": "omegaconf+",
+        "exit_on_error": False,
+        "allow_abbrev": False,  # else `--trainer.max_step` would be `max_steps`, unasked
+    }
+    try:
+        return GRNCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs=parser_kwargs,
+        )
+    except MisconfigurationException as error:  # what Lightning calls a ValueError of settings
+        raise ValueError(str(error)) from error
+
+
+def _options_of(name: str) -> list[str]:
+    """Return the names of a tool's options."""
+    parameters = signature(_tool(name)).parameters
+    config = parameters.get("config")
+    fields = signature(config.annotation).parameters if config is not None else {}
+    return [*(key for key in parameters if key != "config"), *fields, "config"]
+
+
+def _tool(name: str) -> Callable[..., Any]:
+    return getattr(import_module(f"grn_lightning.scripts.{name}"), name)
 
 
 def _run_tool(name: str, args: Sequence[str]) -> Any:
@@ -68,8 +96,10 @@ def _run_tool(name: str, args: Sequence[str]) -> Any:
 
     The fields of a dataclass that a tool takes as `config` become options of their own.
     """
-    tool: Callable[..., Any] = getattr(import_module(f"grn_lightning.scripts.{name}"), name)
-    parser = ArgumentParser(prog=f"grn {name}", description=TOOLS[name], exit_on_error=False)
+    tool = _tool(name)
+    parser = ArgumentParser(
+        prog=f"grn {name}", description=TOOLS[name], exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("-c", "--config", action="config", help="YAML file with options")
     parser.add_function_arguments(tool, as_positional=True, skip={"config"})
     parameter = signature(tool).parameters.get("config")
@@ -85,21 +115,6 @@ def _run_tool(name: str, args: Sequence[str]) -> Any:
     if result is not None:
         sys.stdout.write(f"{result}\n")
     return result
-
-
-def explain(error: Exception) -> str:
-    """Reduce a parser's error to the sentence that names the culprit, with a hint."""
-    text = " ".join(str(error).split())
-    unknown = re.search(r"(?:Option|option|Key|key) '([\w.]+)' is not accepted", text) or re.search(
-        r"does not accept option '([\w.]+)'", text
-    )
-    if unknown is None:
-        return text
-    key = unknown[1]
-    words = sorted(set(re.findall(r"[a-z_]{3,}", text)) - {key.rsplit(".", 1)[-1]})
-    near = get_close_matches(key.rsplit(".", 1)[-1], words, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "`grn COMMAND --help` lists the keys."
-    return f"unknown key '{key}'; {hint}"
 
 
 def main() -> Any:
@@ -125,6 +140,16 @@ def main() -> Any:
         near = get_close_matches(name, [*TRAINER_COMMANDS, *TOOLS], n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`grn --help` lists the commands."
         raise ValueError(f"there is no command '{name}'; {hint}")
-    except (ArgumentError, OmegaConfBaseException, ValueError) as error:
-        sys.stderr.write(f"grn: {explain(error)}\n")
+    except (ArgumentError, OmegaConfBaseException, FileNotFoundError, ValueError) as error:
+        if isinstance(error, ValueError) and not _is_addressed_to_a_person(error):
+            raise
+        options = _options_of(name) if name in TOOLS else ()
+        sys.stderr.write(f"grn: {explain(error, options=options)}\n")
         raise SystemExit(2) from error
+
+
+def _is_addressed_to_a_person(error: ValueError) -> bool:
+    """Whether the error comes from code that writes sentences; others keep their traceback."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    room = frame.f_globals.get("__name__", "").split(".")[0]
+    return room in ("grn_lightning", "jsonargparse", "lightning")

@@ -1,6 +1,7 @@
 """Finding checkpoints of runs and loading what they trained, with averaged weights."""
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ from torch import Tensor, nn
 
 EMA_STATE = "ema"
 """Key of the averaged weights in a checkpoint's callback states; see `lit/callbacks/ema.py`."""
+
+
+_DAMAGED = (
+    "cannot be read as a checkpoint: it is damaged, unfinished, or holds more than tensors and "
+    "plain data. Take another one."
+)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -43,10 +50,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"'{file}' cannot be read as a checkpoint ({type(error).__name__}); it is damaged, "
-            "unfinished, or holds more than tensors and plain data. Take another one."
-        ) from error
+        raise ValueError(f"'{file}' {_DAMAGED}") from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a checkpoint that is missing or was not written to its end, without reading it.
+
+    Args:
+        path: A `.ckpt` file, or the folder that a sharded strategy has written.
+
+    Raises:
+        ValueError: If there is none, or the file is incomplete.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return
+    if not zipfile.is_zipfile(find_checkpoint(path)):
+        raise ValueError(f"'{path}' {_DAMAGED}")
 
 
 def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
