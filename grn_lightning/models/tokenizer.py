@@ -23,7 +23,7 @@ from grn_lightning.functional.hbq import MAX_ROUNDS, hbq_decode, hbq_encode, hbq
 from grn_lightning.functional.patches import patchify, unpatchify
 from grn_lightning.models.tokenizer_blocks import Decoder, Encoder, LevelSizes
 from grn_lightning.nn.blocks3d import ChannelNorm, SpatialAttention
-from grn_lightning.nn.conv3d import StreamCache, is_first_chunk
+from grn_lightning.nn.conv3d import CausalConv3d, StreamCache, is_first_chunk
 from grn_lightning.nn.mlp import full_precision
 
 COLOURS = 3
@@ -213,12 +213,18 @@ class HBQTokenizer(nn.Module):
         | parameters                    | values                                    |
         |-------------------------------|-------------------------------------------|
         | convolutions, weight and bias | uniform in +-1 / sqrt(fan_in) (torch)     |
+        | past taps of 3x3x3 kernels    | 0                                         |
         | attention projection, weight  | 0 (its bias is as above)                  |
         | norms                         | 1                                         |
+
+        A new network thus reads every frame by itself, and one trained on images continues on
+        clips from what it knows: past taps that were never trained would be noise.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.reset_parameters()
+                if isinstance(module, CausalConv3d) and module.kernel_size == (3, 3, 3):
+                    nn.init.zeros_(module.weight[:, :, :-1])
             elif isinstance(module, ChannelNorm):
                 nn.init.ones_(module.gamma)
         for module in self.modules():
