@@ -39,7 +39,7 @@ class DigitsConfig:
     """Height and width of the upscaled scan in pixels; the scans themselves are 8x8."""
     num_frames: int = 9
     """Frames of a clip; `1 + 4 k` suits a tokenizer with temporal stride 4."""
-    speed: int = 1
+    speed: int = 2
     """Motion of a clip in pixels per frame."""
     place_step: int = 4
     """Start positions lie this many pixels apart; 1 allows every position."""
