@@ -152,4 +152,4 @@ def _is_addressed_to_a_person(error: ValueError) -> bool:
     """Whether the error comes from code that writes sentences; others keep their traceback."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     room = frame.f_globals.get("__name__", "").split(".")[0]
-    return room in ("grn_lightning", "jsonargparse", "lightning")
+    return room in ("grn_lightning", "jsonargparse", "lightning", "omegaconf")
