@@ -1,5 +1,6 @@
 """Tiny models on a tiny digits set, trained through the real command line."""
 
+import copy
 import json
 import os
 import subprocess
@@ -80,7 +81,7 @@ def run_config(
     data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a YAML under `experiments/` says, for a run that writes to `folder`."""
-    return {
+    config = {
         "seed_everything": 0,
         "model": {"class_path": f"grn_lightning.lit.{model}", "init_args": init_args},
         "data": {
@@ -111,6 +112,7 @@ def run_config(
             **(trainer or {}),
         },
     }
+    return copy.deepcopy(config)
 
 
 def logger(name: str, folder: Path) -> dict[str, Any]:
@@ -196,15 +198,10 @@ def generator_config(
     folder: Path, digits: Path, tokenizer: Path, *, kind: str, **rest: Any
 ) -> dict[str, Any]:
     """A run of the generator stage; `kind` is "class" (images) or "text" (clips)."""
-    models: dict[str, dict[str, Any]] = {
-        "class": {"generator": {**TINY_CLASS, **rest.pop("generator", {})}},
-        "text": {
-            "generator": {**TINY_TEXT, **rest.pop("generator", {})},
-            "text_encoder": TINY_ENCODER,
-        },
-    }
+    network = (TINY_CLASS if kind == "class" else TINY_TEXT) | rest.pop("generator", {})
     init_args = {
-        **models[kind],
+        "generator": network,
+        **({"text_encoder": TINY_ENCODER} if kind == "text" else {}),
         "tokenizer": str(tokenizer),
         "optim": {"name": "muon", "lr": 3e-3, "warmup_samples": 16},
         **rest.pop("init_args", {}),
