@@ -1,0 +1,222 @@
+"""`grn sample`: draw pictures or clips from a trained generator."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grn_lightning import __version__
+from grn_lightning.datasets.manifest import write_json
+from grn_lightning.lit.generator import load_generator
+from grn_lightning.media.images import to_uint8
+from grn_lightning.samplers import RefineConfig
+from grn_lightning.scripts.drawing import DrawnPart, conditions_for, draw_parts, size_for, step_bar
+from grn_lightning.scripts.pictures import new_folder, slug, write_clip, write_sheet
+from grn_lightning.scripts.records import command_line, environment, now
+from grn_lightning.scripts.runs import choose_device, file_hash, open_run
+
+_SAMPLES = Path("runs/samples")
+_REFINE = RefineConfig()
+_MAX_ON_SHEET = 64  # more are too many for one look
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What was drawn, and where it lies."""
+
+    folder: Path
+    """Folder of the pictures and of `samples.json`."""
+    sheet: Path
+    """The captioned sheet."""
+    files: tuple[Path, ...]
+    """The best file of every sample, in order."""
+    seconds_per_sample: float
+    """Time for one sample, its share of a batch."""
+    forwards_per_sample: float
+    """Rows that the generator was asked for per sample."""
+
+    def __str__(self) -> str:
+        """Say where to look first."""
+        count = len(self.files)
+        return (
+            f"{count} sample{'s' * (count != 1)} in '{self.folder}'; look at '{self.sheet}'\n"
+            f"{self.forwards_per_sample:g} forwards and {self.seconds_per_sample:.2f} s each; "
+            "samples.json tells how each was made"
+        )
+
+
+def _as_list(values: Any) -> list[Any] | None:
+    return values if values is None or isinstance(values, list) else [values]
+
+
+def _check(
+    num_samples: int, first_index: int, fps: float, batch_size: int, out: Path | None
+) -> None:
+    issues = [
+        f"`{name}` must be at least {low}, got {value}"
+        for name, value, low in (
+            ("num_samples", num_samples, 1),
+            ("first_index", first_index, 0),
+            ("batch_size", batch_size, 1),
+        )
+        if value < low
+    ]
+    if fps <= 0:
+        issues.append(f"`fps` must be positive, got {fps}")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        issues.append(f"`out` must be new or an empty folder, '{out}' is not")
+    if issues:
+        raise ValueError("; ".join(issues) + ".")
+
+
+def _folder(out: Path | None) -> Path:
+    if out is None:
+        return new_folder(_SAMPLES)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _labels(wanted: dict[str, list[Any]]) -> list[str]:
+    classes = [f"class {label}" for label in wanted.get("class_labels", [])]
+    return classes or wanted["captions"]
+
+
+class _Writer:
+    """Writes samples as they come, and after each part the list of all so far."""
+
+    def __init__(
+        self,
+        folder: Path,
+        labels: Sequence[str],
+        first_index: int,
+        fps: float,
+        job: dict[str, Any],
+    ):
+        self.folder, self.labels, self.first_index = folder, labels, first_index
+        self.fps, self.job = fps, job
+        self.rows: list[dict[str, Any]] = []
+        self.shown: list[Tensor] = []
+        self.seconds = 0.0
+        self.num_forwards = 0
+
+    def write(self, part: DrawnPart) -> None:
+        """Write the samples of a part."""
+        clips = to_uint8(part.clips.cpu()).transpose(1, 2)  # (b, f, 3, h, w)
+        for row, clip in zip(part.rows, clips, strict=True):
+            index, label = self.first_index + row, self.labels[row]
+            stem = self.folder / f"{index:05d}-{slug(label)}".rstrip("-")
+            files = write_clip(stem, clip, fps=self.fps)
+            self.rows.append(self._facts(index, label) | {"files": [file.name for file in files]})
+        self.shown += clips[: max(0, _MAX_ON_SHEET - part.rows.start)]
+        self.seconds += part.seconds
+        self.num_forwards += part.num_forwards.rows
+        write_json(self.folder / "samples.json", self.job | {"samples": self.rows})
+
+    def _facts(self, index: int, label: str) -> dict[str, Any]:
+        refine = self.job["refine"]
+        return {
+            "prompt": label,
+            "sample_index": index,
+            "seed": self.job["seed"],
+            "num_steps": refine["num_steps"],
+            "guidance_scale": refine["guidance_scale"],
+            "checkpoint": self.job["checkpoint"],
+            "version": __version__,
+        }
+
+    def finish(self) -> SampleReport:
+        """Write the sheet and say what there is."""
+        clips = torch.stack(self.shown)
+        labels = self.labels[: len(clips)]
+        return SampleReport(
+            folder=self.folder,
+            sheet=write_sheet(self.folder / "sheet", clips, labels, fps=self.fps),
+            files=tuple(self.folder / row["files"][0] for row in self.rows),
+            seconds_per_sample=self.seconds / len(self.rows),
+            forwards_per_sample=self.num_forwards / len(self.rows),
+        )
+
+
+def sample(
+    checkpoint: Path,
+    *,
+    prompts: list[str] | str | None = None,
+    class_labels: list[int] | int | None = None,
+    num_samples: int = 1,
+    out: Path | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    num_frames: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    fps: float = 8.0,
+    refine: RefineConfig = _REFINE,
+    batch_size: int = 16,
+    tokenizer: Path | None = None,
+    device: str = "auto",
+) -> SampleReport:
+    """Draw pictures or clips from a trained generator, with averaged weights.
+
+    Writes one PNG per picture, or one MP4 and GIF per clip, a captioned sheet of all, and
+    `samples.json`. The samples are numbered prompt by prompt; number and seed fix the noise of a
+    sample, whatever the batch size and whatever else is drawn. One sample is drawn again by its
+    prompt and `--first_index`.
+
+    Args:
+        checkpoint: Checkpoint of a generator, or the folder of its run.
+        prompts: Captions, for a text-conditional generator.
+        class_labels: Classes, for a class-conditional generator.
+        num_samples: Samples per prompt or class.
+        out: Folder to write to, new or empty; by default the next free one in runs/samples.
+        seed: Seed of all noise; another one gives other samples.
+        first_index: Number of the first sample.
+        num_frames: Frames of a clip, 1 for a picture; by default as in training.
+        image_size: Height and width in pixels, or one number for both; by default as in training.
+        fps: Frames per second of clips.
+        refine: Steps, guidance and temperature.
+        batch_size: Samples drawn at a time; more need more memory.
+        tokenizer: Where the tokenizer lies, if not where it lay in training.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: If the generator cannot draw what is asked for, or `out` is not empty.
+    """
+    given = dict(locals())
+    _check(num_samples, first_index, fps, batch_size, out)
+    run = open_run(checkpoint)
+    module = load_generator(run.checkpoint, tokenizer=None if tokenizer is None else str(tokenizer))
+    module = module.to(choose_device(device))
+    conditions = conditions_for(module, _as_list(prompts), _as_list(class_labels))
+    size = size_for(module, run, run.source(), num_frames=num_frames, image_size=image_size)
+
+    job = {
+        "command": command_line(sample, given),
+        "checkpoint": str(run.checkpoint),
+        "checkpoint_sha256": file_hash(run.checkpoint),
+        "date": now(),
+        "environment": environment(module.device),
+        "refine": asdict(refine),
+        "seed": seed,
+        "size": list(size),
+        "fps": fps,
+    }
+    wanted = {
+        field: [value for value in values for _ in range(num_samples)]
+        for field, values in conditions.items()
+    }
+    writer = _Writer(_folder(out), _labels(wanted), first_index, fps, job)
+    with step_bar(len(writer.labels), refine, "sample") as observer:
+        for part in draw_parts(
+            module,
+            wanted,
+            torch.arange(len(writer.labels)) + first_index,
+            size=size,
+            config=refine,
+            seed=seed,
+            batch_size=batch_size,
+            observer=observer,
+        ):
+            writer.write(part)
+    return writer.finish()
