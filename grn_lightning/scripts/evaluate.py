@@ -1,0 +1,194 @@
+"""`grn evaluate`: judge a trained tokenizer or generator on held-out data."""
+
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grn_lightning.datasets.shards import ShardSet
+from grn_lightning.lit.generator import LitGenerator, load_generator
+from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.samplers import RefineConfig
+from grn_lightning.scripts.drawing import size_for
+from grn_lightning.scripts.evaluate_generator import evaluate_generator
+from grn_lightning.scripts.evaluate_tokenizer import evaluate_tokenizer
+from grn_lightning.scripts.heldout import media_of, open_held_out
+from grn_lightning.scripts.judging import Judging, judge_beside
+from grn_lightning.scripts.pictures import Gallery, new_folder
+from grn_lightning.scripts.records import (
+    Figure,
+    Findings,
+    add_evaluation,
+    command_line,
+    environment,
+    figures_as_json,
+    now,
+)
+from grn_lightning.scripts.runs import ClipSize, TrainedRun, choose_device, file_hash, open_run
+
+_REFINE = RefineConfig()
+_NUM_SAMPLES = 200  # of a generator, whose samples are not for free
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What was found, and where it lies."""
+
+    title: str
+    """What was judged on what."""
+    figures: tuple[Figure, ...]
+    """The numbers."""
+    by_rounds: tuple[Figure, ...]
+    """For a tokenizer, PSNR of 1, 2, ... rounds."""
+    file: Path
+    """The run's `evaluation.json`; this evaluation is its last."""
+    pictures: Path
+    """Folder of the pictures."""
+
+    def __str__(self) -> str:
+        """List the numbers with their protocol."""
+        rows = [(figure.tag, figure.text) for figure in (*self.figures, *self.by_rounds)]
+        width = max(len(tag) for tag, _ in rows)
+        lines = [f"  {tag:<{width}}  {text:>10}" for tag, text in rows]
+        return "\n".join(
+            [self.title, *lines, f"pictures in '{self.pictures}', all facts in '{self.file}'"]
+        )
+
+
+def _check(run: TrainedRun, given: dict[str, Any]) -> None:
+    """Refuse what cannot be meant, and warn of what has no effect."""
+    batch_size, num_samples = given["batch_size"], given["num_samples"]
+    if batch_size < 1 or (num_samples is not None and num_samples < 2):
+        got = f"`batch_size`={batch_size} and `num_samples`={num_samples}"
+        raise ValueError(f"`batch_size` must be at least 1, `num_samples` at least 2, got {got}.")
+    if run.stage == "tokenizer" and (given["refine"] != _REFINE or given["tokenizer"] is not None):
+        warnings.warn(
+            f"`refine` and `tokenizer` are ignored: '{run.checkpoint}' is a tokenizer, which is "
+            "not sampled from.",
+            stacklevel=3,
+        )
+
+
+def _default_count(run: TrainedRun, available: int) -> int:
+    return available if run.stage == "tokenizer" else min(_NUM_SAMPLES, available)
+
+
+def _load(run: TrainedRun, tokenizer: Path | None) -> LitGenerator | HBQTokenizer:
+    if run.stage == "tokenizer":
+        return load_tokenizer(run.checkpoint)
+    return load_generator(run.checkpoint, tokenizer=None if tokenizer is None else str(tokenizer))
+
+
+def _record(
+    run: TrainedRun, findings: Findings, size: ClipSize, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Return all that is needed to repeat the evaluation, and what it found."""
+    return {
+        "stage": run.stage,
+        "checkpoint": str(run.checkpoint),
+        "checkpoint_sha256": file_hash(run.checkpoint),
+        "step": run.step,
+        "samples_seen": run.samples_seen,
+        "size": list(size),
+        **facts,
+        "figures": figures_as_json(findings.figures),
+        "psnr_by_rounds": figures_as_json(findings.by_rounds),
+        "codes": findings.codes,
+        "pictures": [asdict(picture) for picture in findings.pictures],
+    }
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    *,
+    split: str = "val",
+    num_samples: int | None = None,
+    judge: Path | None = None,
+    inception: Path | None = None,
+    refine: RefineConfig = _REFINE,
+    seed: int = 0,
+    batch_size: int = 16,
+    num_frames: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    tokenizer: Path | None = None,
+    device: str = "auto",
+) -> EvaluationReport:
+    """Judge a trained tokenizer or generator, with averaged weights, on held-out data.
+
+    A tokenizer reconstructs the samples; a generator draws one for the caption or class of each.
+    Numbers and all that is needed to repeat them are appended to `evaluation.json` in the run's
+    folder, pictures go to a new folder `evaluation/001`, `evaluation/002`, ... beside it.
+
+    Args:
+        checkpoint: Checkpoint of a tokenizer or a generator, or the folder of its run.
+        data: Folder of shards.
+        split: Split to judge on.
+        num_samples: Judge the first so many; by default all for a tokenizer, 200 for a generator.
+        judge: Judge of the embedded set; by default `judge.safetensors` beside the data, if there.
+        inception: File of the Inception weights, which adds the Frechet distance of publications.
+        refine: Steps, guidance and temperature of a generator.
+        seed: Seed of a generator's noise.
+        batch_size: Samples at a time; more need more memory.
+        num_frames: Frames of a clip; by default as in training.
+        image_size: Height and width in pixels, or one number for both; by default as in training.
+        tokenizer: Where a generator's tokenizer lies, if not where it lay in training.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: If checkpoint, data and options do not fit together.
+    """
+    given, start, date = dict(locals()), time.perf_counter(), now()
+    run, shards = open_run(checkpoint), ShardSet.open(data, split)
+    _check(run, given)
+    num_samples = num_samples or _default_count(run, len(shards))
+    judge = judge or judge_beside(data)
+    source = run.source(media=media_of(shards), path=data)
+    trained = _load(run, tokenizer).to(choose_device(device))
+    if isinstance(trained, LitGenerator):
+        size = size_for(trained, run, source, num_frames=num_frames, image_size=image_size)
+    else:
+        size = run.choose_size(source, num_frames=num_frames, image_size=image_size)
+        trained.config.latent_shape(*size)  # refuses what does not fit the strides
+
+    held_out = open_held_out(
+        shards,
+        split=split,
+        size=size,
+        fps=source.get("fps"),
+        num_samples=num_samples,
+        batch_size=batch_size,
+    )
+    judging = Judging(judge=judge, inception=inception, device=choose_device(device))
+    gallery = Gallery(new_folder(run.folder / "evaluation"), root=run.folder, fps=held_out.fps)
+    if isinstance(trained, LitGenerator):
+        findings = evaluate_generator(
+            trained, held_out, judging, size=size, config=refine, seed=seed, gallery=gallery
+        )
+    else:
+        findings = evaluate_tokenizer(trained, held_out, judging, size=size, gallery=gallery)
+
+    facts = {
+        "data": str(data),
+        "split": split,
+        "num_samples": judging.count,
+        "seed": seed,
+        "refine": asdict(refine) if run.stage == "generator" else None,
+        "judge": None if judge is None else {"file": str(judge), "sha256": file_hash(judge)},
+        "fps": held_out.fps,
+        "command": command_line(evaluate, given),
+        "date": date,
+        "seconds": time.perf_counter() - start,
+        "environment": environment(choose_device(device)),
+    }
+    file = add_evaluation(run.folder, _record(run, findings, size, facts))
+    return EvaluationReport(
+        title=f"{run.stage} {run.checkpoint} on the first {judging.count} of split {split} in "
+        f"{data}, {size}",
+        figures=tuple(findings.figures),
+        by_rounds=tuple(findings.by_rounds),
+        file=file,
+        pictures=gallery.folder,
+    )
