@@ -178,7 +178,8 @@ def logged(folder: Path, name: str) -> dict[int, str]:
     """What a CSVLogger wrote of one quantity: its digits, by step."""
     rows = [line.split(",") for line in (folder / "log" / "metrics.csv").read_text().splitlines()]
     column, step = rows[0].index(name), rows[0].index("step")
-    return {int(row[step]): row[column] for row in rows[1:] if row[column]}
+    whole = [row for row in rows[1:] if len(row) == len(rows[0])]  # the last one may be cut off
+    return {int(row[step]): row[column] for row in whole if row[column]}
 
 
 def tokenizer_config(folder: Path, digits: Path, **rest: Any) -> dict[str, Any]:
