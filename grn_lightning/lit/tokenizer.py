@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from grn_lightning.datasets.samples import Batch
@@ -90,6 +91,11 @@ class LitTokenizer(StageModule):
         if self.init_from is not None:
             state = averaged_state(read_checkpoint(self.init_from))
             self.tokenizer.load_state_dict(select(state, "tokenizer"))
+
+    def setup(self, stage: str) -> None:
+        """Let DDP pass over parameters without a gradient: images do not use layers over time."""
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def forward(self, clips: Tensor) -> TokenizerOutput:
         """Reconstruct `(b, 3, f, h, w)` clips in [-1, 1]."""
