@@ -1,0 +1,248 @@
+"""`grn evaluate`: the numbers are right, carry their protocol, and can be repeated."""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from grn_lightning.datasets.shards import ShardSet
+from grn_lightning.functional import hbq_decode, hbq_encode, pack_codes
+from grn_lightning.lit.generator import load_generator
+from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.media.images import to_float
+from grn_lightning.media.video import decode_video
+from grn_lightning.metrics import DIRECTIONS, DigitJudge
+from grn_lightning.samplers import RefineConfig
+from grn_lightning.scripts.evaluate import EvaluationReport, evaluate
+from grn_lightning.scripts.records import Figure, read_evaluations
+from tests.scripts.conftest import Runs
+from tests.shard_files import image_sample, write_split
+from tests.tiny_runs import call_grn
+
+QUICK = RefineConfig(num_steps=2, guidance_scale=2.0)
+
+
+def held_out(digits: Path) -> Iterator[tuple[Tensor, str, int]]:
+    """Clips `(3, f, h, w)` in [-1, 1], captions and classes, straight from the tar."""
+    shards = ShardSet.open(digits / "clips", "val")
+    for number in range(len(shards)):
+        fields = shards.read(number, ("mp4", "txt", "cls")).fields
+        clip = to_float(decode_video(fields["mp4"], fps=None, num_frames=None))
+        yield clip.transpose(0, 1), fields["txt"].decode(), int(fields["cls"])
+
+
+def values(report: EvaluationReport) -> dict[str, float]:
+    return {figure.tag: figure.value for figure in (*report.figures, *report.by_rounds)}
+
+
+def psnr(first: Tensor, second: Tensor) -> float:
+    """Mean over frames, spelt out."""
+    decibels = []
+    for frame in range(first.shape[1]):
+        error = (first[:, frame].clamp(-1, 1) - second[:, frame]).double().square().mean()
+        decibels.append(10 * math.log10(4 / float(error)))
+    return sum(decibels) / len(decibels)
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    """The formula by singular values: with S = A'A, tr (S_1 S_2)^(1/2) is the sum of A_1 A_2'."""
+    a, b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second))
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    means = ((first.mean(0) - second.mean(0)) ** 2).sum()
+    return float(means + (a**2).sum() + (b**2).sum() - 2 * root)
+
+
+def test_reconstruction_is_what_a_slow_loop_measures(runs: Runs, digits: Path) -> None:
+    result = values(evaluate(runs.tokenizer, digits / "clips", batch_size=4))
+    tokenizer = load_tokenizer(runs.tokenizer)
+    expected: dict[str, list[float]] = {}
+    for clip, _, _ in held_out(digits):
+        z = tokenizer.encode(clip[None])
+        latents = {"unquantized": z}
+        for m in range(1, 7):
+            latents[f"M={m}"] = hbq_decode(hbq_encode(z, num_rounds=m), num_rounds=m)
+        for name, z_hat in latents.items():
+            score = psnr(tokenizer.decode(z_hat)[0], clip)
+            expected.setdefault(f"PSNR[{name},6,val]", []).append(score)
+    for tag, scores in expected.items():
+        assert result[tag] == pytest.approx(sum(scores) / len(scores), abs=1e-4), tag
+    assert result["PSNR[6,val]"] == result["PSNR[M=2,6,val]"]  # it was trained with two rounds
+
+
+def test_the_bit_rate_is_that_of_the_packed_codes(runs: Runs, digits: Path) -> None:
+    result = values(evaluate(runs.tokenizer, digits / "clips"))
+    clip = next(held_out(digits))[0]
+    codes = load_tokenizer(runs.tokenizer).tokenize(clip[None])
+    num_bits = 8 * len(pack_codes(codes, num_rounds=2))
+    assert result["bits/pixel[M=2,d=4,5x16x16]"] == num_bits / (5 * 16 * 16)
+
+
+def test_samples_are_judged_like_clips_drawn_one_by_one(runs: Runs, digits: Path) -> None:
+    result = values(evaluate(runs.text, digits / "clips", refine=QUICK, seed=3, batch_size=4))
+    module, judge = load_generator(runs.text), DigitJudge.load(digits / "judge.safetensors")
+    rights: dict[str, list[list[bool]]] = {"samples": [], "reconstructions": [], "real": []}
+    features: dict[str, list[Tensor]] = {name: [] for name in rights}
+    for number, (clip, caption, label) in enumerate(held_out(digits)):
+        drawn = module.draw_clips(
+            {"captions": [caption]},
+            torch.tensor([number]),
+            size=(5, 16, 16),
+            config=QUICK,
+            seed=3,
+        )
+        rebuilt = module.detokenize(module.tokenize(clip[None]))
+        shown = {"samples": drawn, "reconstructions": rebuilt, "real": clip[None]}
+        for name, clips in shown.items():
+            digit = int(judge.classify(clips)) == label
+            direction = int(judge.direction(clips)) == DIRECTIONS.index(caption.split()[-1])
+            rights[name].append([digit, direction, digit and direction])
+            features[name].append(judge(clips).double())
+    for name, rows in rights.items():
+        shares = np.mean(rows, axis=0)
+        for what, share in zip(("digit", "direction", "caption"), shares, strict=True):
+            assert result[f"{what} accuracy[digits-cnn,{name},6,val]"] == pytest.approx(share)
+    sets = {name: torch.cat(rows).numpy() for name, rows in features.items()}
+    for tag, name in (("FID", "samples"), ("rFID", "reconstructions")):
+        expected = frechet(sets[name], sets["real"])
+        assert result[f"{tag}[digits-cnn,6,val]"] == pytest.approx(expected, rel=1e-3), tag
+
+
+def test_a_class_generator_answers_to_classes(runs: Runs, digits: Path) -> None:
+    report = evaluate(runs.classes, digits / "images", refine=QUICK, num_samples=4)
+    result = values(report)
+    assert {"FID[digits-cnn,4,val]", "digit accuracy[digits-cnn,real,4,val]"} <= result.keys()
+    assert not [tag for tag in result if "direction" in tag]  # a picture does not move
+    [record] = read_evaluations(runs.classes)
+    labels = [
+        f"class {int(ShardSet.open(digits / 'images', 'val').read(n, ('cls',)).fields['cls'])}"
+        for n in range(4)
+    ]
+    assert [p["caption"] for p in record["pictures"] if p["kind"] == "sample"] == labels
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "text"])
+def test_the_command_of_a_record_gives_the_same_numbers(
+    runs: Runs, digits: Path, kind: str
+) -> None:
+    folder = getattr(runs, kind)
+    options: dict[str, Any] = {} if kind == "tokenizer" else {"refine": QUICK, "seed": 1}
+    evaluate(folder, digits / "clips", num_samples=5, batch_size=2, **options)
+    before = {file: file.read_bytes() for file in (folder / "evaluation" / "001").iterdir()}
+    [record] = read_evaluations(folder)
+    call_grn(*shlex.split(record["command"])[1:])
+
+    first, second = read_evaluations(folder)
+    assert first == record
+    for name in ("checkpoint_sha256", "size", "refine", "judge", "psnr_by_rounds", "codes"):
+        assert second[name] == first[name]
+    for a, b in zip(first["figures"], second["figures"], strict=True):
+        assert a["tag"] == b["tag"]
+        assert a["value"] == b["value"] or a["name"] == "seconds/sample"
+    after = {file: file.read_bytes() for file in (folder / "evaluation" / "001").iterdir()}
+    assert after == before  # pictures of an earlier evaluation stay
+    again = [folder / picture["file"] for picture in second["pictures"]]
+    assert [file.read_bytes() for file in again] == [
+        (folder / picture["file"]).read_bytes() for picture in first["pictures"]
+    ]
+
+
+def test_a_batch_size_changes_no_number(runs: Runs, digits: Path) -> None:
+    many, few = (
+        values(evaluate(runs.text, digits / "clips", refine=QUICK, batch_size=size))
+        for size in (6, 4)
+    )
+    for tag in many:
+        if not tag.startswith("seconds"):
+            assert few[tag] == pytest.approx(many[tag], rel=1e-4), tag
+
+
+def test_every_number_comes_with_its_protocol(runs: Runs, digits: Path) -> None:
+    tokenizer = evaluate(runs.tokenizer, digits / "clips")
+    generator = evaluate(runs.text, digits / "clips", refine=QUICK)
+    for report in (tokenizer, generator):
+        for line in str(report).splitlines()[1:-1]:
+            assert re.match(r"  \S.*\[.*(6,val|5x16x16|scale 2|batch 16)\] ", line), line
+    costs = {f.name: f for f in generator.figures}
+    assert costs["forwards/sample"].value == 2 * QUICK.num_steps  # both branches of every step
+    assert costs["seconds/sample"].value > 0
+
+
+def test_pictures_show_the_first_samples(runs: Runs, digits: Path) -> None:
+    evaluate(runs.text, digits / "clips", refine=QUICK)
+    evaluate(runs.tokenizer, digits / "clips")
+    [samples], [triples] = read_evaluations(runs.text), read_evaluations(runs.tokenizer)
+    captions = [caption for _, caption, _ in held_out(digits)]
+    shown = [picture for picture in samples["pictures"] if picture["kind"] == "sample"]
+    assert [picture["caption"] for picture in shown] == captions
+    assert all(re.fullmatch(r"\d, (left|right|up|down|resting)", p["reading"]) for p in shown)
+
+    first = next(p for p in triples["pictures"] if p["kind"] == "sample")
+    with Image.open(runs.tokenizer / first["file"]) as film:
+        assert (film.n_frames, film.size) == (5, (3 * 16 + 4, 16))
+        pixels = torch.from_numpy(np.array(film.convert("RGB"))).permute(2, 0, 1)
+    clip = next(held_out(digits))[0]
+    assert to_float(pixels[..., :16]).equal(clip[:, 0])  # the original, without loss
+    assert {p["kind"] for p in triples["pictures"]} == {"sample", "sheet", "strip"}
+
+
+def test_the_judge_beside_the_data_is_taken(runs: Runs, digits: Path, tmp_path: Path) -> None:
+    lonely = tmp_path / "clips"
+    lonely.symlink_to(digits / "clips")
+    tags = values(evaluate(runs.tokenizer, lonely)).keys()
+    assert not [tag for tag in tags if "digits-cnn" in tag]
+    judge = digits / "judge.safetensors"
+    tags = values(evaluate(runs.tokenizer, lonely, judge=judge)).keys()
+    assert [tag for tag in tags if "digits-cnn" in tag]
+
+
+def test_what_does_not_fit_is_refused(runs: Runs, digits: Path, tmp_path: Path) -> None:
+    write_split(tmp_path, "val", [image_sample(n, fields=("png", "cls")) for n in range(4)])
+    with pytest.raises(ValueError, match="at most 6, which split 'val'.*got 7"):
+        evaluate(runs.tokenizer, digits / "clips", num_samples=7)
+    with pytest.raises(ValueError, match=r"needs captions \(txt\)"):
+        evaluate(runs.text, tmp_path, num_frames=1, refine=QUICK)
+    with pytest.raises(ValueError, match="`num_samples` at least 2"):
+        evaluate(runs.tokenizer, digits / "clips", num_samples=1)
+    other = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"width": 3}}, other)
+    with pytest.raises(ValueError, match=r"neither of a tokenizer nor.*\['width'\]"):
+        evaluate(other, digits / "clips")
+
+
+def test_options_without_effect_are_pointed_out(runs: Runs, digits: Path) -> None:
+    with pytest.warns(UserWarning, match="`refine` and `tokenizer` are ignored"):
+        evaluate(runs.tokenizer, digits / "clips", num_samples=2, refine=QUICK)
+
+
+def test_a_list_that_is_none_is_not_overwritten(runs: Runs, digits: Path) -> None:
+    file = runs.tokenizer / "evaluation.json"
+    file.write_text(json.dumps({"format": 99, "evaluations": []}))
+    with pytest.raises(ValueError, match="format 99.*move it away"):
+        evaluate(runs.tokenizer, digits / "clips", num_samples=2)
+    assert "99" in file.read_text()
+    assert not (runs.tokenizer / "evaluation").exists()  # it was found out before the work
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.123, "%", "12.3 %"),
+        (1.0, "%", "100.0 %"),
+        (26.5149, "dB", "26.51 dB"),
+        (314.159, "", "314.2"),
+        (0.04567, "s", "0.046 s"),
+        (math.nan, "dB", "not defined"),
+    ],
+)
+def test_figures_read_like_figures(value: float, unit: str, text: str) -> None:
+    figure = Figure("FID", ("digits-cnn", "200", "val"), value, unit)
+    assert (figure.tag, figure.text) == ("FID[digits-cnn,200,val]", text)

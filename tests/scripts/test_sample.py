@@ -1,0 +1,176 @@
+"""`grn sample`: the samples that were asked for, the same ones every time, nothing lost."""
+
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from grn_lightning.lit.generator import load_generator
+from grn_lightning.media.images import decode_image, to_uint8
+from grn_lightning.media.video import decode_video
+from grn_lightning.samplers import RefineConfig
+from grn_lightning.scripts.drawing import draw_parts
+from grn_lightning.scripts.runs import ClipSize
+from grn_lightning.scripts.sample import sample
+from tests.scripts.conftest import Runs
+from tests.tiny_runs import call_grn
+
+PROMPTS = ["the digit seven moves left", "the digit one moves up"]
+QUICK = RefineConfig(num_steps=3, guidance_scale=2.0)
+
+
+def pictures_in(folder: Path) -> dict[str, bytes]:
+    """Bytes of all files but the list."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".json"}
+
+
+@pytest.mark.parametrize("kind", ["text", "classes"])
+def test_a_batch_size_changes_no_sample(trained: Runs, kind: str, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"prompts": PROMPTS} if kind == "text" else {"class_labels": [7, 1]}
+    folders = []
+    for batch_size in (8, 3, 1):
+        folders.append(tmp_path / str(batch_size))
+        sample(
+            getattr(trained, kind),
+            **wanted,
+            num_samples=4,
+            out=folders[-1],
+            refine=QUICK,
+            batch_size=batch_size,
+        )
+    first, *others = map(pictures_in, folders)
+    assert len(first) == (8 * 2 + 1 if kind == "text" else 8 + 1)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_batch_size_changes_no_code(trained: Runs, scale: float) -> None:
+    module = load_generator(trained.text)
+
+    def elements(batch_size: int) -> torch.Tensor:
+        parts = draw_parts(
+            module,
+            {"captions": PROMPTS * 4},
+            torch.arange(8),
+            size=ClipSize(5, 16, 16),
+            config=RefineConfig(num_steps=4, guidance_scale=scale),
+            seed=5,
+            batch_size=batch_size,
+        )
+        return torch.cat([part.elements for part in parts])
+
+    expected = elements(8)
+    assert elements(3).equal(expected)
+    assert elements(1).equal(expected)
+    assert len({one.numpy().tobytes() for one in expected}) == 8  # and all are different
+
+
+def test_a_sample_is_drawn_again_by_its_prompt_and_number(trained: Runs, tmp_path: Path) -> None:
+    many = sample(trained.text, prompts=PROMPTS, num_samples=2, out=tmp_path / "a", refine=QUICK)
+    one = sample(trained.text, prompts=PROMPTS[1], first_index=3, out=tmp_path / "b", refine=QUICK)
+    other = sample(
+        trained.text, prompts=PROMPTS[1], first_index=3, out=tmp_path / "c", refine=QUICK, seed=1
+    )
+    assert [file.name for file in one.files] == [many.files[3].name]
+    assert one.files[0].read_bytes() == many.files[3].read_bytes()
+    assert one.files[0].read_bytes() != other.files[0].read_bytes()
+
+
+def test_files_hold_what_was_drawn(trained: Runs, tmp_path: Path) -> None:
+    module = load_generator(trained.classes)
+    drawn = module.draw_clips(
+        {"class_labels": torch.tensor([4])},
+        torch.tensor([0]),
+        size=(1, 16, 16),
+        config=QUICK,
+        seed=0,
+    )
+    picture = sample(trained.classes, class_labels=4, out=tmp_path / "a", refine=QUICK)
+    assert decode_image(picture.files[0].read_bytes()).equal(to_uint8(drawn[0, :, 0]))
+
+    clip = sample(trained.text, prompts=PROMPTS, out=tmp_path / "b", refine=QUICK, fps=4)
+    assert decode_video(clip.files[1], fps=None, num_frames=None).shape == (5, 3, 16, 16)
+    for gif in (clip.files[1].with_suffix(".gif"), clip.sheet):
+        with Image.open(io.BytesIO(gif.read_bytes())) as film:
+            assert film.n_frames == 5
+            assert film.info["duration"] == 250
+
+
+def test_the_list_tells_how_to_repeat_it(
+    trained: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = sample(trained.text, prompts=PROMPTS, num_samples=2, refine=QUICK, seed=3)
+    facts = json.loads((first.folder / "samples.json").read_text())
+    rows = [(row["prompt"], row["sample_index"], row["files"][0]) for row in facts["samples"]]
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    assert rows == [
+        (prompt, n, file.name)
+        for n, (prompt, file) in enumerate(zip(prompts, first.files, strict=True))
+    ]
+    assert {row["seed"] for row in facts["samples"]} == {3}
+    assert {row["guidance_scale"] for row in facts["samples"]} == {2.0}
+
+    again = call_grn(*shlex.split(facts["command"])[1:])
+    assert again.folder != first.folder
+    assert pictures_in(again.folder) == pictures_in(first.folder)
+
+
+def test_what_is_there_is_never_overwritten(
+    trained: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [sample(trained.classes, class_labels=[1], refine=QUICK).folder for _ in range(2)]
+    assert [str(folder) for folder in folders] == ["runs/samples/001", "runs/samples/002"]
+    before = pictures_in(folders[0])
+    with pytest.raises(ValueError, match="`out` must be new or an empty folder"):
+        sample(trained.classes, class_labels=[2], out=folders[0], refine=QUICK)
+    assert pictures_in(folders[0]) == before
+
+
+def test_guided_steps_cost_two_forwards(trained: Runs, tmp_path: Path) -> None:
+    plain = sample(trained.text, prompts="x", out=tmp_path / "a", refine=RefineConfig(num_steps=3))
+    guided = sample(trained.text, prompts="x", out=tmp_path / "b", refine=QUICK)
+    assert (plain.forwards_per_sample, guided.forwards_per_sample) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        ("text", {}, "give `--prompts`"),
+        ("text", {"class_labels": [1]}, "give `--prompts`"),
+        ("classes", {"prompts": ["seven"]}, "draws 10 classes: give `--class_labels`"),
+        ("classes", {"class_labels": [3, 10, -1]}, r"in \[0, 10\), got \[10, -1\]"),
+        ("classes", {"class_labels": 1, "image_size": 32}, "draws 1 x 16 x 16 only, got 1 x 32"),
+        ("classes", {"class_labels": 1, "num_frames": 5}, "draws 1 x 16 x 16 only, got 5 x 16"),
+        ("text", {"prompts": ["x"], "num_frames": 4}, "frames"),
+        ("text", {"prompts": ["x"], "image_size": (16, 20)}, "multiple"),
+        ("text", {"prompts": ["x"], "num_samples": 0, "fps": 0.0}, "`num_samples`.*`fps`"),
+        ("text", {"prompts": ["x"], "device": "tpu9"}, "`device`"),
+        ("tokenizer", {"prompts": ["x"]}, "no checkpoint of a generator"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_and_leaves_nothing(
+    trained: Runs, tmp_path: Path, kind: str, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        sample(getattr(trained, kind), out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_known_size_it_asks(runs: Runs, tmp_path: Path) -> None:
+    file = runs.text / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["datamodule_hyper_parameters"]
+    torch.save(checkpoint, file)
+    with pytest.raises(ValueError, match="give `--num_frames`.*and `--image_size`"):
+        sample(runs.text, prompts="x", out=tmp_path / "a", refine=QUICK)
+    made = sample(
+        runs.text, prompts="x", out=tmp_path / "a", refine=QUICK, num_frames=1, image_size=16
+    )
+    assert made.files[0].suffix == ".png"
