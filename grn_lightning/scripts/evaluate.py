@@ -25,6 +25,7 @@ from grn_lightning.scripts.records import (
     environment,
     figures_as_json,
     now,
+    read_evaluations,
 )
 from grn_lightning.scripts.runs import ClipSize, TrainedRun, choose_device, file_hash, open_run
 
@@ -58,7 +59,8 @@ class EvaluationReport:
 
 
 def _check(run: TrainedRun, given: dict[str, Any]) -> None:
-    """Refuse what cannot be meant, and warn of what has no effect."""
+    """Refuse what cannot be meant or written down, and warn of what has no effect."""
+    read_evaluations(run.folder)
     batch_size, num_samples = given["batch_size"], given["num_samples"]
     if batch_size < 1 or (num_samples is not None and num_samples < 2):
         got = f"`batch_size`={batch_size} and `num_samples`={num_samples}"
