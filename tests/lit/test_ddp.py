@@ -1,0 +1,99 @@
+"""Two processes take the steps of one process on the joined batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grn_lightning.lit.checkpoints import read_checkpoint
+from tests.tiny_runs import (
+    callback,
+    checkpoints,
+    fit,
+    generator_config,
+    logged,
+    source,
+    start_grn,
+    tokenizer_config,
+    write_yaml,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+
+BETAS = (0.5, 0.9)
+PATIENCE_SECONDS = 180
+
+
+def stage_config(
+    stage: str, folder: Path, digits: Path, tokenizer: Path, *, batch_size: int
+) -> dict[str, Any]:
+    """Two steps, the first of which is kept, then validation on all held-out samples."""
+    common: dict[str, Any] = {
+        "callbacks": [callback("EMA", decay=0.9), checkpoints(folder, 1)],
+        "trainer": {"max_steps": 2, "val_check_interval": 2},
+    }
+    optim = {"name": "adamw", "lr": 1e-4, "betas": list(BETAS)}
+    if stage == "tokenizer":
+        sources = [source(digits, "image", batch_size), source(digits, "video", batch_size)]
+        return tokenizer_config(
+            folder, digits, sources=sources, init_args={"optim": optim}, **common
+        )
+    noise = {"optim": optim, "corruption": {"condition_dropout": 0.5}}
+    media = "image" if stage == "class" else "video"
+    return generator_config(
+        folder,
+        digits,
+        tokenizer,
+        kind=stage,
+        sources=[source(digits, media, batch_size)],
+        init_args=noise,
+        **common,
+    )
+
+
+def first_gradients(folder: Path) -> dict[int, Tensor]:
+    """AdamW's first moment after one step is `(1 - beta_1)` times the gradient."""
+    checkpoint = read_checkpoint(folder / "checkpoints" / "step=1.ckpt")
+    state = checkpoint["optimizer_states"][0]["state"]
+    return {index: entry["exp_avg"] / (1 - BETAS[0]) for index, entry in state.items()}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "text"])
+def test_two_processes_are_one_on_the_joined_batch(stage, digits, tokenizer_run, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    config = stage_config(stage, two, digits, tokenizer_run, batch_size=4)
+    process = start_grn(
+        "fit",
+        "-c",
+        write_yaml(two, config),
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.accelerator=cpu",
+        log=two / "output.txt",
+    )
+    try:
+        fit(one, stage_config(stage, one, digits, tokenizer_run, batch_size=8))
+        assert process.wait(PATIENCE_SECONDS) == 0, (two / "output.txt").read_text()
+    finally:
+        process.kill()
+
+    alone, joined = first_gradients(one), first_gradients(two)
+    assert alone.keys() == joined.keys()
+    assert sum(float(gradient.abs().sum()) for gradient in alone.values()) > 0.1
+    for index, gradient in alone.items():
+        # Sums over eight samples in another order: some units in the last place of the largest.
+        scale = float(gradient.abs().max()) + 1e-4
+        torch.testing.assert_close(joined[index], gradient, rtol=0, atol=1e-5 * scale)
+
+    ends = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (one, two)]
+    assert ends[0]["samples_seen"] == ends[1]["samples_seen"] == 16
+    # Held-out samples are divided among the ranks and counted once. AdamW's first steps have the
+    # size of `lr` in the direction of the sign, so weights may differ by 2e-4 where it is in doubt.
+    for quantity in {"tokenizer": ("val/psnr", "val/ssim"), "text": ("val/loss",)}[stage]:
+        values = [float(logged(folder, quantity)[1]) for folder in (one, two)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3), quantity
