@@ -155,8 +155,7 @@ class LitGenerator(StageModule):
                 "seed": seed,
             }
         )
-        self._codes: dict[str, Tensor] = {}
-        self._null: TextCondition | None = None
+        self._codes: dict[tuple[str, torch.Size], Tensor] = {}
         self.val_accuracy = TimeBinnedAccuracy()
 
     # --- building ---------------------------------------------------------------------------------
@@ -183,6 +182,27 @@ class LitGenerator(StageModule):
             self.generator = GRNClass(self.generator_config)
         if self.init_from is not None:
             self._load_weights(averaged_state(read_checkpoint(self.init_from)))
+
+    def on_fit_start(self) -> None:
+        """Refuse a memory that would mix samples up.
+
+        Raises:
+            ValueError: If samples of `cache_codes` are augmented, or may share a key and a size.
+        """
+        sources = getattr(getattr(self.trainer, "datamodule", None), "sources", [])
+        if not self.cache_codes:
+            return
+        if any(source.horizontal_flip or source.random_window for source in sources):
+            raise ValueError(
+                "`cache_codes` must be false where `horizontal_flip` or `random_window` is set: "
+                "a sample would be remembered as it was seen first."
+            )
+        media = [source.media for source in sources]
+        if len(set(media)) < len(media):
+            raise ValueError(
+                f"`cache_codes` must be false with several sources of one medium, got {media}: "
+                "samples are remembered by key, and two sources may use the same."
+            )
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         self.generator.load_state_dict(select(state, "generator"))
@@ -232,15 +252,17 @@ class LitGenerator(StageModule):
         return tokenizer.detokenize(codes).float().clamp(-1, 1)
 
     def _training_elements(self, batch: Batch) -> Tensor:
-        """Elements of a training batch, remembered by key if `cache_codes`."""
+        """Elements of a training batch, remembered by key and size if `cache_codes`."""
+        clips = batch["clips"]
         if not self.cache_codes:
-            return self.tokenize(batch["clips"])
-        if any(key not in self._codes for key in batch["keys"]):
-            elements = self.tokenize(batch["clips"])
-            # 8 bits hold an element: the alphabet is 2 or 2^M with M <= 8 in every known variant.
-            self._codes.update(zip(batch["keys"], elements.to(torch.uint8).cpu(), strict=True))
+            return self.tokenize(clips)
+        names = [(key, clips.shape[2:]) for key in batch["keys"]]  # stills and films may share keys
+        if any(name not in self._codes for name in names):
+            elements = self.tokenize(clips)
+            small = torch.uint8 if self.generator_config.alphabet_size <= 256 else torch.int32
+            self._codes.update(zip(names, elements.to(small).cpu(), strict=True))
             return elements
-        return torch.stack([self._codes[key] for key in batch["keys"]]).long().to(self.device)
+        return torch.stack([self._codes[name] for name in names]).long().to(self.device)
 
     def condition(self, batch: Batch, dropped: Tensor | None = None) -> Condition:
         """Return what a batch's samples are generated from.
