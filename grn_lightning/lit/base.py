@@ -32,6 +32,21 @@ def as_plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
+def require_stage(
+    callback: L.Callback, module: L.LightningModule, stage: type[L.LightningModule]
+) -> None:
+    """Refuse a callback that was given to a run of another stage.
+
+    Raises:
+        ValueError: If the module is not of that class.
+    """
+    if not isinstance(module, stage):
+        raise ValueError(
+            f"{type(callback).__name__} is for runs of {stage.__name__}, got "
+            f"{type(module).__name__}; take it out of `trainer.callbacks`."
+        )
+
+
 class StageModule(L.LightningModule, ABC):
     """Base of the tokenizer stage and the generator stage.
 

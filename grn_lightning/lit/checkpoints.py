@@ -48,9 +48,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     file = find_checkpoint(path)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"'{file}' {_DAMAGED}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"'{file}' is no checkpoint of a run: it has no `state_dict`.")
+    return checkpoint
 
 
 def check_checkpoint(path: str | Path) -> None:

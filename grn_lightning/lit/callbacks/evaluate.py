@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from grn_lightning.lit.base import require_stage
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.metrics.digits import DIRECTIONS, DigitJudge
 from grn_lightning.metrics.fid import FrechetDistance
@@ -74,6 +75,10 @@ class EvaluateSamples(L.Callback):
         self.refine = refine or RefineConfig()
         self._validations = 0
         self._left = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a run of another stage."""
+        require_stage(self, pl_module, LitGenerator)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether this validation is judged, and how many samples this process draws."""

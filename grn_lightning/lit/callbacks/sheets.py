@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grn_lightning.functional.hbq import hbq_decode, hbq_encode
+from grn_lightning.lit.base import require_stage
 from grn_lightning.lit.callbacks.tensorboard import log_film, log_picture
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.lit.tokenizer import LitTokenizer
@@ -28,6 +29,10 @@ class ReconstructionSheet(L.Callback):
         self.num_samples = num_samples
         self.max_rounds = max_rounds
         self._clips: dict[int, Tensor] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a run of another stage."""
+        require_stage(self, pl_module, LitTokenizer)
 
     def on_validation_batch_end(
         self,
@@ -98,6 +103,10 @@ class SampleSheet(L.Callback):
         self.prompts, self.class_labels = prompts, class_labels
         self.num_frames, self.image_size, self.fps = num_frames, image_size, fps
         self.refine = refine or RefineConfig()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a run of another stage."""
+        require_stage(self, pl_module, LitGenerator)
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from grn_lightning.media.video import encode_gif
@@ -21,7 +22,7 @@ def _writers(trainer: L.Trainer) -> list[Any]:
     if not trainer.is_global_zero:
         return []
     experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in experiments if hasattr(writer, "add_image")]
+    return [writer for writer in experiments if isinstance(writer, SummaryWriter)]
 
 
 def log_picture(trainer: L.Trainer, tag: str, picture: Image.Image) -> None:
