@@ -174,6 +174,7 @@ def evaluate(
 
     facts = {
         "data": str(data),
+        "data_sha256": held_out.digest.hexdigest(),
         "split": split,
         "num_samples": judging.count,
         "seed": seed,

@@ -83,7 +83,8 @@ def _wanted(module: LitGenerator, batch: Any) -> dict[str, list[Any]]:
     if field not in batch:
         missing = "captions (txt)" if module.is_text else "classes (cls)"
         raise ValueError(f"the generator needs {missing}, and these shards have none.")
-    return {field: list(batch[field])}
+    values = batch[field]
+    return {field: values if module.is_text else values.tolist()}
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def evaluate_generator(
             judging.add("reconstructions", module.detokenize(module.tokenize(clips)), batch)
             readings = judging.add("samples", part.clips, batch)
             [values] = wanted.values()
-            labels = values if module.is_text else [f"class {int(value)}" for value in values]
+            labels = values if module.is_text else [f"class {value}" for value in values]
             shown.add(part.clips, labels, readings)
             costs.count += len(clips)
             costs.rows += part.num_forwards.rows

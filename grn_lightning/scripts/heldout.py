@@ -1,9 +1,10 @@
 """The first samples of a held-out split, a batch at a time."""
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from grn_lightning.datasets.order import SampleRequest
 from grn_lightning.datasets.samples import (
@@ -37,6 +38,8 @@ class HeldOut:
     """Name of the split."""
     fps: float
     """Frames per second at which clips are shown."""
+    digest: Any = field(default_factory=hashlib.sha256)
+    """SHA-256 over keys, pixels and labels of what was read so far; no batch size changes it."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches; samples that do not decode are reported and left out."""
@@ -44,6 +47,9 @@ class HeldOut:
             numbers = range(first, min(first + self.batch_size, self.num_samples))
             items = [self.dataset[SampleRequest(number, 0, number)] for number in numbers]
             whole = [item for item in items if item.weight > 0]
+            for sample, *_ in whole:
+                self.digest.update(f"{sample.key} {sample.class_label} {sample.caption}".encode())
+                self.digest.update(sample.clip.contiguous().numpy().data)
             if whole:
                 yield collate(whole)
 

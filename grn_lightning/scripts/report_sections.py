@@ -38,9 +38,12 @@ def _pictures(evaluation: dict[str, Any], kind: str) -> list[Picture]:
 
 def _add_samples(page: Page, told: Told, evaluation: dict[str, Any]) -> None:
     samples = _pictures(evaluation, "sample")
+    is_judged = any(picture.is_right is not None for picture in samples)
     page.paragraph(
         f"{len(samples)} samples of {told.name}, one for each of the first captions or classes of "
-        "the held-out set; none was picked. ✓ or ✗ is what an independent judge reads."
+        "the held-out set; none was picked."
+        + " ✓ or ✗ is what an independent judge reads."
+        * is_judged
     )
     page.paragraph(_protocol(evaluation), kind="muted")
     page.pictures(told.run.folder, samples, kind="samples")
@@ -165,7 +168,7 @@ def build_page(stories: Sequence[Told]) -> Page:
     """Lay out what is known of some runs, samples first."""
     page = Page("Report: " + ", ".join(told.name for told in stories))
     page.add("<header>")
-    page.add(f"<h1>{escape(' and '.join(told.name for told in stories))}</h1>")
+    page.add(f"<h1>{escape(', '.join(told.name for told in stories))}</h1>")
     page.paragraph(f"grn_lightning {__version__}, {now()[:16].replace('T', ' ')} UTC", kind="muted")
     page.add("</header>")
     generators = [told for told in stories if told.run.stage == "generator"]

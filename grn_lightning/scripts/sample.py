@@ -159,7 +159,7 @@ def sample(
 ) -> SampleReport:
     """Draw pictures or clips from a trained generator, with averaged weights.
 
-    Writes one PNG per picture, or one MP4 and GIF per clip, a captioned sheet of all, and
+    Writes one PNG per picture, or one MP4 and GIF per clip, a captioned sheet of the first 64, and
     `samples.json`. The samples are numbered prompt by prompt; number and seed fix the noise of a
     sample, whatever the batch size and whatever else is drawn. One sample is drawn again by its
     prompt and `--first_index`.

@@ -142,7 +142,15 @@ def test_the_command_of_a_record_gives_the_same_numbers(
 
     first, second = read_evaluations(folder)
     assert first == record
-    for name in ("checkpoint_sha256", "size", "refine", "judge", "psnr_by_rounds", "codes"):
+    for name in (
+        "checkpoint_sha256",
+        "data_sha256",
+        "size",
+        "refine",
+        "judge",
+        "psnr_by_rounds",
+        "codes",
+    ):
         assert second[name] == first[name]
     for a, b in zip(first["figures"], second["figures"], strict=True):
         assert a["tag"] == b["tag"]
@@ -192,6 +200,13 @@ def test_pictures_show_the_first_samples(runs: Runs, digits: Path) -> None:
     clip = next(held_out(digits))[0]
     assert to_float(pixels[..., :16]).equal(clip[:, 0])  # the original, without loss
     assert {p["kind"] for p in triples["pictures"]} == {"sample", "sheet", "strip"}
+
+
+def test_a_record_knows_data_by_content(runs: Runs, digits: Path) -> None:
+    for count, batch_size in ((4, 4), (4, 3), (5, 5)):
+        evaluate(runs.tokenizer, digits / "clips", num_samples=count, batch_size=batch_size)
+    hashes = [record["data_sha256"] for record in read_evaluations(runs.tokenizer)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_judge_beside_the_data_is_taken(runs: Runs, digits: Path, tmp_path: Path) -> None:
