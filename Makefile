@@ -50,6 +50,7 @@ data: setup ## write the embedded data set to data/digits (once)
 # --- training -----------------------------------------------------------------------------------
 
 train-tokenizer: $(if $(CONFIG),setup,data) ## train a tokenizer on images and clips
+	$(if $(CONFIG),,$(FIT) experiments/tokenizer/digits_frames.yaml $(ARGS))
 	$(FIT) $(or $(CONFIG),experiments/tokenizer/digits.yaml) $(ARGS)
 
 train-c2i: $(if $(CONFIG),setup,data) ## train a generator, class to image
@@ -73,6 +74,7 @@ tensorboard: setup ## look at all runs in the browser
 	$(VENV)/bin/tensorboard --logdir $(RUNS) $(ARGS)
 
 demo: data ## digits to captioned video: train both stages, judge them, write a report
+	$(FIT) experiments/tokenizer/digits_frames.yaml $(ARGS)
 	$(FIT) experiments/tokenizer/digits.yaml $(ARGS)
 	$(GRN) evaluate $(RUNS)/tokenizer-digits $(DIGITS)/clips
 	$(FIT) experiments/t2v/digits.yaml $(ARGS)
