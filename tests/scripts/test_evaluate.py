@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.functional import hbq_decode, hbq_encode, pack_codes
 from grn_lightning.lit.generator import load_generator
 from grn_lightning.lit.tokenizer import load_tokenizer
-from grn_lightning.media.images import to_float
+from grn_lightning.media.images import to_float, to_uint8
 from grn_lightning.media.video import decode_video
 from grn_lightning.metrics import DIRECTIONS, DigitJudge
 from grn_lightning.samplers import RefineConfig
@@ -75,6 +76,15 @@ def test_reconstruction_is_what_a_slow_loop_measures(runs: Runs, digits: Path) -
             expected.setdefault(f"PSNR[{name},6,val]", []).append(score)
     for tag, scores in expected.items():
         assert result[tag] == pytest.approx(sum(scores) / len(scores), abs=1e-4), tag
+    similarities = [
+        structural_similarity_index_measure(
+            tokenizer(clip[None]).reconstruction[0].transpose(0, 1).clamp(-1, 1),
+            clip.transpose(0, 1),
+            data_range=2.0,
+        )
+        for clip, _, _ in held_out(digits)
+    ]
+    assert result["SSIM[6,val]"] == pytest.approx(float(sum(similarities)) / 6, abs=1e-5)
     assert result["PSNR[6,val]"] == result["PSNR[M=2,6,val]"]  # it was trained with two rounds
 
 
@@ -198,7 +208,10 @@ def test_pictures_show_the_first_samples(runs: Runs, digits: Path) -> None:
         assert (film.n_frames, film.size) == (5, (3 * 16 + 4, 16))
         pixels = torch.from_numpy(np.array(film.convert("RGB"))).permute(2, 0, 1)
     clip = next(held_out(digits))[0]
+    rebuilt = load_tokenizer(runs.tokenizer)(clip[None]).reconstruction[0, :, 0].detach()
     assert to_float(pixels[..., :16]).equal(clip[:, 0])  # the original, without loss
+    shown = pixels[..., 16 + 2 : 2 * 16 + 2].int()
+    assert (shown - to_uint8(rebuilt).int()).abs().max() <= 1  # it was made in another batch
     assert {p["kind"] for p in triples["pictures"]} == {"sample", "sheet", "strip"}
 
 
