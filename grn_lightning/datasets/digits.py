@@ -45,11 +45,11 @@ class DigitsConfig:
     """Start positions lie this many pixels apart; 1 allows every position."""
     fps: int = 8
     """Frame rate that is written into the clips, in frames per second."""
-    num_train_clips: int = 6000
+    num_train_clips: int = 5000
     """Training clips; scans are drawn from the training scans."""
     num_val_clips: int = 400
     """Held-out clips; scans are drawn from the held-out scans."""
-    num_train_images: int = 6000
+    num_train_images: int = 4000
     """Training images."""
     num_val_images: int = 400
     """Held-out images."""
