@@ -1,7 +1,6 @@
 """Fixtures of the whole suite: one thread, one seed, and where the golden numbers lie."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> Iterator[None]:
+def _fixed_seed() -> None:
     """Seed torch before every test; `GRN_TEST_SEED` sets another seed."""
     torch.manual_seed(int(os.environ.get("GRN_TEST_SEED", "0")))
     torch.set_num_threads(1)
-    yield
 
 
 def _shared(name: str) -> Path:

@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from grn_lightning.lit.checkpoints import averaged_state
 from grn_lightning.lit.optim import OptimConfig, configure_optimizers
 
 ConfigT = TypeVar("ConfigT")
@@ -112,7 +114,9 @@ class StageModule(L.LightningModule, ABC):
         checkpoint["samples_seen"] = self.samples_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count.
+        """Restore the count; give the average to whatever does not go on training.
+
+        Lightning restores callbacks, and with them the average, only when training is resumed.
 
         Raises:
             ValueError: If the checkpoint is one of another stage.
@@ -124,3 +128,6 @@ class StageModule(L.LightningModule, ABC):
                 f"are {sorted(hyper_parameters)}. Resume from one that this stage has written."
             )
         self.samples_seen = checkpoint["samples_seen"]
+        is_resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if not is_resuming:
+            checkpoint["state_dict"] = averaged_state(checkpoint)

@@ -226,7 +226,7 @@ class ShardData(L.LightningDataModule):
             self._refuse_settings_of(self.trainer)
         if stage in ("fit", None):
             self._readers["train"] = [self._reader(s, s.split_train) for s in self.sources]
-        if stage in ("fit", "validate", None):
+        if stage in ("fit", "validate", "test", "predict", None):
             self._readers["val"] = [
                 self._reader(s, s.split_val, is_val=True) for s in self.sources if s.split_val
             ]
@@ -313,6 +313,14 @@ class ShardData(L.LightningDataModule):
             num_ranks=num_ranks,
         )
         return self._loader(sampler, "val")
+
+    def test_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """The validation samples; give `split_val: test` to test on others."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
+        """The validation samples."""
+        return self.val_dataloader()
 
     def _rank_and_number(self) -> tuple[int, int]:
         """Rank and number of data-parallel processes."""

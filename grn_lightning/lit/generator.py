@@ -31,7 +31,7 @@ from grn_lightning.functional import (
 from grn_lightning.lit.base import StageModule, as_config, as_plain
 from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select, weights_hash
 from grn_lightning.lit.optim import OptimConfig
-from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.lit.tokenizer import Prediction, load_tokenizer
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig, TextCondition
@@ -264,7 +264,7 @@ class LitGenerator(StageModule):
             return elements
         return torch.stack([self._codes[name] for name in names]).long().to(self.device)
 
-    def condition(self, batch: Batch, dropped: Tensor | None = None) -> Condition:
+    def condition(self, batch: Any, dropped: Tensor | None = None) -> Condition:
         """Return what a batch's samples are generated from.
 
         Args:
@@ -342,13 +342,43 @@ class LitGenerator(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all devices."""
+        self._log_judgement("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Judge as in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log as in validation, under `test/`."""
+        self._log_judgement("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        """Draw a sample for every held-out condition, by the default `RefineConfig`."""
+        real = batch["weights"] > 0
+        rows = real.nonzero().flatten().tolist()
+        asked: dict[str, Any] = {"keys": [batch["keys"][row] for row in rows]}
+        if "captions" in batch:
+            asked["captions"] = [batch["captions"][row] for row in rows]
+        if "class_labels" in batch:
+            asked["class_labels"] = batch["class_labels"][real]
+        frames, height, width = batch["clips"].shape[2:]
+        result = self.sample(
+            self.condition(asked),
+            batch["sample_index"][real],
+            grid=self.latent_grid(frames, height, width),
+            config=RefineConfig(),
+            seed=self.seed,
+        )
+        return Prediction(asked["keys"], result.codes, self.detokenize(result.codes))
+
+    def _log_judgement(self, prefix: str) -> None:
         result = self.val_accuracy.compute()
         self.val_accuracy.reset()
-        self.log("val/loss", result.loss, prog_bar=True)
-        self.log("val/accuracy", result.accuracy)
+        self.log(f"{prefix}/loss", result.loss, prog_bar=True)
+        self.log(f"{prefix}/accuracy", result.accuracy)
         for bin_number, accuracy in enumerate(result.accuracy_by_time.tolist()):
             if accuracy == accuracy:  # bins without a sample are NaN
-                self.log(f"val_accuracy/t{bin_number / 10:.1f}", accuracy)
+                self.log(f"{prefix}_accuracy/t{bin_number / 10:.1f}", accuracy)
 
     # --- sampling ---------------------------------------------------------------------------------
 

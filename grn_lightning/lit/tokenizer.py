@@ -4,7 +4,7 @@ Here with reconstruction losses; perceptual and adversarial terms join `_losses`
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -39,6 +39,17 @@ class ReconstructionLossConfig:
                 "ReconstructionLossConfig: weights must be at least 0 and l1 or l2 positive, "
                 f"got l1={self.l1}, l2={self.l2}, commitment={self.commitment}."
             )
+
+
+class Prediction(NamedTuple):
+    """What `predict` returns for a batch, in both stages."""
+
+    keys: list[str]
+    """Names of the samples."""
+    codes: Tensor
+    """`(b, d, f', h', w')` HBQ codes of the tokenizer; of the generator its elements."""
+    clips: Tensor
+    """`(b, 3, f, h, w)` in [-1, 1]: reconstructions, or samples."""
 
 
 class LitTokenizer(StageModule):
@@ -136,8 +147,26 @@ class LitTokenizer(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all devices, and how the bits of every round are used."""
+        self._log_judgement("val")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Judge as in validation."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log as in validation, under `test/`."""
+        self._log_judgement("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+        """Return codes and reconstructions of held-out samples, padding left out."""
+        real = batch["weights"] > 0
+        codes = self.tokenizer.tokenize(batch["clips"][real])
+        keys = [key for key, is_real in zip(batch["keys"], real.tolist(), strict=True) if is_real]
+        return Prediction(keys, codes, self.tokenizer.detokenize(codes).float().clamp(-1, 1))
+
+    def _log_judgement(self, prefix: str) -> None:
         for name, value in self.val_metrics.compute().items():
-            self.log(f"val/{name}", value, prog_bar=name == "psnr")
+            self.log(f"{prefix}/{name}", value, prog_bar=name == "psnr")
         for name, value in self.code_statistics.compute().scalars().items():
             self.log(f"codes/{name}", value)
         self.val_metrics.reset()

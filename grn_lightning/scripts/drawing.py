@@ -140,7 +140,7 @@ def draw_parts(
         batch: dict[str, Any] = {name: values[rows] for name, values in wanted.items()}
         if "class_labels" in batch:
             batch["class_labels"] = torch.as_tensor(batch["class_labels"], device=module.device)
-        return module.condition(batch)  # type: ignore[arg-type]
+        return module.condition(batch)
 
     parts = refine_in_batches(
         module.generator,
