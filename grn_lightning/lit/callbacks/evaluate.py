@@ -25,6 +25,9 @@ class DigitFeatures(nn.Module):
 
     Args:
         path: The judge that `grn digits` has written beside the set.
+
+    Raises:
+        ValueError: If there is none.
     """
 
     name = DigitJudge.name
@@ -32,6 +35,10 @@ class DigitFeatures(nn.Module):
 
     def __init__(self, path: str = "data/digits/judge.safetensors"):
         super().__init__()
+        if not Path(path).is_file():
+            raise ValueError(
+                f"no judge at '{path}'; `grn digits` writes one beside the embedded set."
+            )
         self.judge = DigitJudge.load(Path(path))
 
     def forward(self, clips: Tensor) -> Tensor:
