@@ -1,0 +1,363 @@
+"""What callbacks write can be read back, and what they judge is what is there."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from grn_lightning.datasets.digits import load_scans
+from grn_lightning.lit.callbacks import (
+    DigitFeatures,
+    EvaluateSamples,
+    SampleSheet,
+    Throughput,
+)
+from grn_lightning.lit.callbacks import throughput as throughput_module
+from grn_lightning.lit.checkpoints import find_checkpoint
+from grn_lightning.lit.data import ShardData
+from grn_lightning.lit.generator import LitGenerator
+from grn_lightning.metrics.digits import DigitJudge
+from tests.tiny_runs import (
+    TINY_DIGITS,
+    call_grn,
+    callback,
+    fit,
+    generator_config,
+    logger,
+    source,
+    tokenizer_config,
+    write_yaml,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*used to create the checkpoint need")
+
+PROMPTS = ["the digit one moves left", "the digit two moves up"]
+FEW_STEPS = {"num_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of a judge that was fitted for a moment: what it says matters less than who says it."""
+    file = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    scans = load_scans("train")
+    DigitJudge.fit(
+        scans.images, scans.labels, digit_size=TINY_DIGITS.digit_size, num_steps=40
+    ).save(file)
+    return file
+
+
+def events(folder: Path) -> EventAccumulator:
+    """Everything that a run has written for TensorBoard."""
+    return EventAccumulator(str(folder / "log"), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def pictures(folder: Path, tag: str) -> list[Image.Image]:
+    """Pictures of a tag, oldest first."""
+    return [
+        Image.open(io.BytesIO(event.encoded_image_string)) for event in events(folder).Images(tag)
+    ]
+
+
+def watched(config: dict[str, Any], folder: Path, **trainer: Any) -> dict[str, Any]:
+    """The run with TensorBoard and a validation every two steps."""
+    settings = {"logger": logger("TensorBoardLogger", folder), "val_check_interval": 2}
+    config["trainer"] |= settings | {"max_steps": 4} | trainer
+    return config
+
+
+def logged_by_validation(folder: Path, config: dict[str, Any], run: Path) -> dict[str, float]:
+    """What `grn validate` logs of a trained run."""
+    args = ("-c", write_yaml(folder, config), "--ckpt_path", find_checkpoint(run))
+    trainer = call_grn("validate", *args).trainer
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def held_out(config: dict[str, Any]) -> Any:
+    """The one validation batch of a run."""
+    data = ShardData(**config["data"]["init_args"])
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    return batch
+
+
+# --- sheets ---------------------------------------------------------------------------------------
+
+
+def test_reconstructions_of_stills_and_films_arrive_in_the_event_file(digits, tmp_path):
+    sheet = callback("ReconstructionSheet", num_samples=2, max_rounds=3)
+    config = tokenizer_config(tmp_path, digits, callbacks=[sheet])
+    fit(tmp_path, watched(config, tmp_path))
+
+    found = events(tmp_path)
+    assert set(found.Tags()["images"]) == {"images", "clips"}
+    assert [event.step for event in found.Images("clips")] == [2, 4]
+    cell = TINY_DIGITS.canvas_size
+    for film in pictures(tmp_path, "clips"):  # three rows for each of two samples
+        assert film.width >= TINY_DIGITS.num_frames * cell
+        assert film.height >= 2 * 3 * cell
+    for still in pictures(tmp_path, "images"):
+        assert still.width * still.height >= 2 * 3 * cell**2
+    curve = {tag for tag in found.Tags()["scalars"] if tag.startswith("psnr_by_rounds/")}
+    assert curve == {f"psnr_by_rounds/{name}" for name in ("m1", "m2", "m3", "unquantized")}
+    # Two rounds are what the tokenizer has: that point is the PSNR of the first batches.
+    at_two = found.Scalars("psnr_by_rounds/m2")[-1].value
+    assert at_two == pytest.approx(found.Scalars("val/psnr")[-1].value, abs=2)
+
+
+def test_a_reconstruction_sheet_shows_what_it_says(digits, tokenizer_run, tmp_path, monkeypatch):
+    """Rows are the clip, the tokenizer's reconstruction and half their difference."""
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "grn_lightning.lit.callbacks.sheets.film_strip",
+        lambda cells, labels: shown.update(cells=cells, labels=labels) or Image.new("RGB", (1, 1)),
+    )
+    config = tokenizer_config(
+        tmp_path,
+        digits,
+        sources=[source(digits, "video", 6)],
+        callbacks=[callback("EMA"), callback("ReconstructionSheet", num_samples=2)],
+    )
+    logged_by_validation(tmp_path, config, tokenizer_run)
+    assert shown["labels"] == ["original", "reconstruction", "difference"] * 2
+    clips = (held_out(config)["clips"][:2] + 1) * 127.5
+    original, reconstruction, difference = shown["cells"].unflatten(0, (2, 3)).unbind(1)
+    assert original.equal(clips.round().to(torch.uint8).transpose(1, 2))
+    half = (reconstruction.float() - original.float()) / 2 + 127.5
+    torch.testing.assert_close(difference.float(), half, rtol=0, atol=1.0)  # each was rounded
+
+
+def test_samples_of_films_arrive_as_a_film_with_all_frames(digits, tokenizer_run, tmp_path):
+    sheet = callback(
+        "SampleSheet",
+        prompts=PROMPTS,
+        num_frames=TINY_DIGITS.num_frames,
+        image_size=TINY_DIGITS.canvas_size,
+        refine=FEW_STEPS,
+        fps=4.0,
+    )
+    config = generator_config(tmp_path, digits, tokenizer_run, kind="text", callbacks=[sheet])
+    fit(tmp_path, watched(config, tmp_path))
+    films = pictures(tmp_path, "samples")
+    assert len(films) == 2
+    for film in films:
+        assert film.format == "GIF"
+        assert film.n_frames == TINY_DIGITS.num_frames  # type: ignore[attr-defined]
+        assert film.info["duration"] == 250
+        assert film.width * film.height >= len(PROMPTS) * TINY_DIGITS.canvas_size**2
+
+
+def test_samples_of_classes_arrive_as_a_picture(digits, tokenizer_run, tmp_path):
+    sheet = callback("SampleSheet", class_labels=[0, 3, 9], image_size=16, refine=FEW_STEPS)
+    config = generator_config(tmp_path, digits, tokenizer_run, kind="class", callbacks=[sheet])
+    fit(tmp_path, watched(config, tmp_path))
+    for picture in pictures(tmp_path, "samples"):
+        assert picture.format == "PNG"
+        assert picture.width * picture.height >= 3 * 16**2
+
+
+def test_the_same_weights_draw_the_same_samples(digits, tokenizer_run, generator_runs, tmp_path):
+    """Fixed seeds, and the average: two validations of one checkpoint show the same bytes."""
+    found = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        sheet = callback("SampleSheet", prompts=PROMPTS, num_frames=5, image_size=16,
+                         refine=FEW_STEPS)  # fmt: skip
+        config = generator_config(
+            folder, digits, tokenizer_run, kind="text", callbacks=[callback("EMA"), sheet]
+        )
+        logged_by_validation(folder, watched(config, folder), generator_runs["text"])
+        found.append(events(folder).Images("samples")[0].encoded_image_string)
+    assert found[0] == found[1]
+
+
+def test_a_single_debugging_step_writes_no_film_and_does_not_fail(digits, tokenizer_run, tmp_path):
+    sheet = callback("SampleSheet", prompts=PROMPTS, num_frames=5, image_size=16, refine=FEW_STEPS)
+    config = generator_config(tmp_path, digits, tokenizer_run, kind="text", callbacks=[sheet])
+    fit(tmp_path, watched(config, tmp_path), "--trainer.fast_dev_run=true")
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("asked", [{}, {"prompts": PROMPTS, "class_labels": [1]}])
+def test_samples_of_nothing_or_of_both_are_refused(asked):
+    with pytest.raises(ValueError, match="either `prompts` or `class_labels`"):
+        SampleSheet(**asked)
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def judged(judge: Path, **settings: Any) -> dict[str, Any]:
+    extractor = {
+        "class_path": "grn_lightning.lit.callbacks.DigitFeatures",
+        "init_args": {"path": str(judge)},
+    }
+    return callback("EvaluateSamples", extractor=extractor, refine=FEW_STEPS, **settings)
+
+
+def test_training_logs_distance_and_accuracies_under_the_judge_s_name(
+    digits, tokenizer_run, judge, tmp_path
+):
+    evaluate = judged(judge, num_samples=4, every_n_validations=2)
+    config = generator_config(tmp_path, digits, tokenizer_run, kind="text", callbacks=[evaluate])
+    fit(tmp_path, watched(config, tmp_path, max_steps=6))
+    found = events(tmp_path)
+    for tag in ("val/fid[digits-cnn]", "val/digit_accuracy", "val/direction_accuracy"):
+        assert [event.step for event in found.Scalars(tag)] == [1, 5], tag  # not at step 3
+    assert all(event.value > 0 for event in found.Scalars("val/fid[digits-cnn]"))
+    assert all(0 <= event.value <= 1 for event in found.Scalars("val/digit_accuracy"))
+    assert len(found.Scalars("val/loss")) == 3
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_the_real_samples_have_no_distance_and_go_where_they_say(
+    kind, digits, tokenizer_run, generator_runs, judge, tmp_path, monkeypatch
+):
+    """An oracle that draws the held-out clips themselves; six in batches of 4 and 2."""
+    monkeypatch.setattr(LitGenerator, "draw_clips", lambda _, batch, *args, **rest: batch["clips"])
+    media = "image" if kind == "class" else "video"
+    config = generator_config(
+        tmp_path, digits, tokenizer_run, kind=kind,
+        sources=[source(digits, media, 4)], callbacks=[judged(judge)],
+    )  # fmt: skip
+    found = logged_by_validation(tmp_path, config, generator_runs[kind])
+    # Six samples have a singular covariance; its square root is what is left of the distance.
+    assert found["val/fid[digits-cnn]"] == pytest.approx(0, abs=1e-3)
+    config["data"]["init_args"]["sources"][0]["batch_size"] = 6
+    batch = held_out(config)
+    right = DigitJudge.load(judge).classify(batch["clips"]) == batch["class_labels"]
+    assert found["val/digit_accuracy"] == pytest.approx(float(right.float().mean()))
+    if kind == "text":
+        assert found["val/direction_accuracy"] == 1
+    else:
+        assert "val/direction_accuracy" not in found
+
+
+def test_a_sample_that_goes_the_other_way_is_wrong(
+    digits, tokenizer_run, generator_runs, judge, tmp_path, monkeypatch
+):
+    """Time reversed: every digit moves against its caption."""
+    monkeypatch.setattr(
+        LitGenerator, "draw_clips", lambda _, batch, *args, **rest: batch["clips"].flip(2)
+    )
+    config = generator_config(
+        tmp_path, digits, tokenizer_run, kind="text",
+        sources=[source(digits, "video", 6)], callbacks=[judged(judge)],
+    )  # fmt: skip
+    found = logged_by_validation(tmp_path, config, generator_runs["text"])
+    assert found["val/direction_accuracy"] == 0
+    assert found["val/fid[digits-cnn]"] == pytest.approx(0, abs=1e-3)  # the same frames
+
+
+class Brightness(nn.Module):
+    """Two features of every clip; no judge of digits."""
+
+    name = "brightness"
+    num_features = 2
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return torch.stack([clips.mean((1, 2, 3, 4)), clips.std((1, 2, 3, 4))], 1)
+
+
+def test_any_features_make_a_distance_and_padding_does_not_count(digits, tokenizer_run):
+    """The sums are those of the samples that count, up to `num_samples` rounded up to batches."""
+    module = SimpleNamespace(
+        device=torch.device("cpu"), log=lambda name, v, **_: log.update({name: v})
+    )
+    log: dict[str, Tensor] = {}
+    callback = EvaluateSamples(Brightness(), num_samples=5)
+    trainer: Any = SimpleNamespace(sanity_checking=False, world_size=1)
+    drawn = []
+
+    def draw_clips(batch: Any, sample_index: Tensor, **_: Any) -> Tensor:
+        drawn.append(sample_index)
+        return batch["clips"] + 0.5
+
+    module.draw_clips = draw_clips
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grn_lightning.lit.callbacks.evaluate.LitGenerator", SimpleNamespace)
+        callback.on_validation_start(trainer, module)  # type: ignore[arg-type]
+        for start in (0, 3, 6):
+            clips = torch.rand(3, 3, 1, 4, 4)
+            weights = torch.tensor([1.0, 1.0, 0.0])
+            clips[2] = 1000.0
+            batch = {"clips": clips, "weights": weights,
+                     "sample_index": torch.arange(start, start + 3)}  # fmt: skip
+            callback.on_validation_batch_end(trainer, module, None, batch, 0)  # type: ignore[arg-type]
+        callback.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
+    assert torch.cat(drawn).tolist() == [0, 1, 2, 3, 4, 5]
+    assert log.keys() == {"val/fid[brightness]"}
+    # The mean of the first feature moves by 0.5, the covariances are equal.
+    assert float(log["val/fid[brightness]"]) == pytest.approx(0.25, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"num_samples": 1}, "`num_samples` must be at least 2, got 1"),
+        ({"every_n_validations": 0}, "`every_n_validations` must be at least 1, got 0"),
+    ],
+)
+def test_judging_nothing_is_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        EvaluateSamples(Brightness(), **settings)
+
+
+def test_a_missing_judge_is_told_with_what_makes_one(tmp_path):
+    with pytest.raises(ValueError, match=r"no judge at '.*none.safetensors'.*`grn digits`"):
+        DigitFeatures(str(tmp_path / "none.safetensors"))
+
+
+def test_callbacks_of_the_other_stage_are_refused(capsys, digits, tokenizer_run, judge, tmp_path):
+    wrong = [
+        generator_config(tmp_path / "0", digits, tokenizer_run, kind="class",
+                         callbacks=[callback("ReconstructionSheet")]),
+        tokenizer_config(tmp_path / "1", digits,
+                         callbacks=[callback("SampleSheet", prompts=PROMPTS)]),
+        tokenizer_config(tmp_path / "2", digits, callbacks=[judged(judge)]),
+    ]  # fmt: skip
+    for number, config in enumerate(wrong):
+        with pytest.raises(SystemExit) as stop:
+            call_grn("fit", "-c", write_yaml(tmp_path / str(number), config))
+        assert stop.value.code == 2
+        assert "take it out of `trainer.callbacks`." in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def test_throughput_counts_samples_and_waiting_of_all_devices(monkeypatch):
+    """A clock that is set by hand: each step waits 1 s for data and works 3 s."""
+    clock, log = [0.0], []
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: clock[0])
+    trainer: Any = SimpleNamespace(world_size=2, log_every_n_steps=2, global_step=0)
+    module: Any = SimpleNamespace(log=lambda name, value: log.append((name, value)))
+    speed, batch = Throughput(), {"keys": ["a", "b", "c"]}
+    speed.on_train_start(trainer, module)
+    for step in range(1, 7):
+        clock[0] += 1
+        speed.on_train_batch_start(trainer, module, batch, 0)
+        clock[0] += 3
+        trainer.global_step = step
+        speed.on_train_batch_end(trainer, module, None, batch, 0)
+        if step == 4:
+            clock[0] += 1000  # validation is no training
+            speed.on_validation_end(trainer, module)
+    rates = [value for name, value in log if name == "perf/samples_per_second"]
+    waits = [value for name, value in log if name == "perf/data_wait"]
+    assert rates == pytest.approx([2 * 6 / 8] * 3)
+    # The wait for the first batch of a count is not known: it lies before the clock was read.
+    assert waits == pytest.approx([1 / 8, 2 / 8, 1 / 8])
+
+
+def test_a_run_logs_its_speed(digits, tmp_path):
+    config = tokenizer_config(tmp_path, digits, callbacks=[callback("Throughput")])
+    fit(tmp_path, watched(config, tmp_path, log_every_n_steps=2))
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("perf/samples_per_second")] == [1, 3]
+    assert all(0 <= event.value < 1 for event in found.Scalars("perf/data_wait"))
