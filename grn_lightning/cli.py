@@ -49,14 +49,14 @@ def _run_trainer() -> Any:
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from grn_lightning.lit.checkpoints import check_checkpoint
+    from grn_lightning.lit.checkpoints import whole_checkpoint
 
     class GRNCLI(LightningCLI):
         def _parse_ckpt_path(self) -> None:
-            """Look at the file only: Lightning would let its settings beat the command line."""
-            path = self.config[self.config["subcommand"]].get("ckpt_path")
-            if path not in (None, "best", "last", "hpc"):
-                check_checkpoint(path)
+            """Look for the file; Lightning would let its settings beat the command line."""
+            options = self.config[self.config["subcommand"]]
+            if options.get("ckpt_path") not in (None, "best", "last", "hpc"):
+                options["ckpt_path"] = str(whole_checkpoint(options["ckpt_path"]))
 
     # Absolute interpolations (${data.init_args.x}) are resolved after all files and overrides.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)

@@ -56,20 +56,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse a checkpoint that is missing or was not written to its end, without reading it.
+def whole_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that a path stands for, having looked that it is whole.
 
     Args:
-        path: A `.ckpt` file, or the folder that a sharded strategy has written.
+        path: A `.ckpt` file, a run folder, or the folder that a sharded strategy has written.
 
     Raises:
-        ValueError: If there is none, or the file is incomplete.
+        ValueError: If there is none, or the file was not written to its end.
     """
-    path = Path(path)
-    if path.is_dir():
-        return
-    if not zipfile.is_zipfile(find_checkpoint(path)):
-        raise ValueError(f"'{path}' {_DAMAGED}")
+    if (Path(path) / "checkpoint").is_dir():  # DeepSpeed's: a file for each process
+        return Path(path)
+    file = find_checkpoint(path)
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"'{file}' {_DAMAGED}")
+    return file
 
 
 def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
