@@ -12,11 +12,11 @@ from torch import nn
 from grn_lightning.lit.checkpoints import (
     EMA_STATE,
     averaged_state,
-    check_checkpoint,
     find_checkpoint,
     read_checkpoint,
     select,
     weights_hash,
+    whole_checkpoint,
 )
 from grn_lightning.lit.generator import LitGenerator, load_generator
 from grn_lightning.lit.tokenizer import LitTokenizer, load_tokenizer
@@ -92,17 +92,18 @@ def test_tensors_alone_are_no_checkpoint(content, tmp_path):
         read_checkpoint(tmp_path / "weights.pt")
 
 
-def test_checking_reads_the_end_of_a_file_and_leaves_folders_to_their_strategy(
-    tokenizer_run, tmp_path
-):
+def test_what_is_resumed_from_is_found_and_whole(tokenizer_run, tmp_path):
     whole = find_checkpoint(tokenizer_run)
-    check_checkpoint(whole)
-    check_checkpoint(tmp_path)
+    assert whole_checkpoint(whole) == whole_checkpoint(str(tokenizer_run)) == whole
+    (tmp_path / "sharded" / "checkpoint").mkdir(parents=True)  # as DeepSpeed writes it
+    assert whole_checkpoint(tmp_path / "sharded") == tmp_path / "sharded"
     (tmp_path / "cut.ckpt").write_bytes(whole.read_bytes()[:-10_000])
     with pytest.raises(ValueError, match="cut.ckpt' cannot be read"):
-        check_checkpoint(tmp_path / "cut.ckpt")
+        whole_checkpoint(tmp_path / "cut.ckpt")
     with pytest.raises(ValueError, match="it does not exist"):
-        check_checkpoint(tmp_path / "none.ckpt")
+        whole_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(ValueError, match="no `last.ckpt` lies under that folder"):
+        whole_checkpoint(tmp_path)
 
 
 # --- states ---------------------------------------------------------------------------------------

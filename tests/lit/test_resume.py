@@ -135,7 +135,9 @@ def test_the_command_line_beats_the_checkpoint(digits, tokenizer_run, tmp_path):
         trainer={"max_steps": before["global_step"] + 4},
     )
     overrides = ["--model.init_args.optim.lr=0.0007", "--model.optim.weight_decay=0.125"]
-    trainer = fit(tmp_path, config, f"--ckpt_path={file}", *overrides, "--model.loss.l1=0.5")
+    trainer = fit(
+        tmp_path, config, f"--ckpt_path={tokenizer_run}", *overrides, "--model.loss.l1=0.5"
+    )
     groups = trainer.optimizers[0].param_groups
     assert [group["lr"] for group in groups] == [0.02, 0.0007]  # of matrices, and of the rest
     assert [group["weight_decay"] for group in groups] == [0.125, 0]
