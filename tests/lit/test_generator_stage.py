@@ -355,6 +355,19 @@ def test_validation_is_a_mean_over_samples_with_fixed_noise(
     assert times
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_not_judged(kind, digits, tokenizer_run):
+    """A rank that runs short repeats samples with weight 0; here they are others' codes."""
+    module, batch = build(kind, tokenizer_run), training_batch(kind, digits)
+    found = []
+    for given in (rows(batch, [0, 1, 2]), batch | {"weights": torch.tensor([1.0] * 3 + [0.0] * 3)}):
+        with torch.no_grad():
+            module.validation_step(given, 0)
+        found.append([float(value) for value in module.val_accuracy.compute()[:2]])
+        module.val_accuracy.reset()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 # --- training is real -----------------------------------------------------------------------------
 
 

@@ -114,6 +114,27 @@ def test_validation_does_not_depend_on_the_batch_size(digits, tokenizer_run, tmp
         assert other == pytest.approx(found[0], rel=1e-5)
 
 
+def test_padding_is_not_judged(tokenizer_run):
+    """A rank that runs short repeats samples with weight 0; here they are garbage."""
+    stage, clips = module(init_from=str(tokenizer_run)).eval(), torch.rand(3, 3, 5, 16, 16) * 2 - 1
+    batch: Any = {"clips": clips, "weights": torch.ones(3)}
+    padded: Any = {
+        "clips": torch.cat([clips, torch.ones_like(clips[:2])]),
+        "weights": torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]),
+    }
+    found = []
+    for given in (batch, padded):
+        with torch.no_grad():
+            stage.validation_step(given, 0)
+        found.append(
+            {name: float(value) for name, value in stage.val_metrics.compute().items()}
+            | {k: float(v) for k, v in stage.code_statistics.compute().scalars().items()}
+        )
+        stage.val_metrics.reset()
+        stage.code_statistics.reset()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_validation_judges_the_average(digits, tokenizer_run, tmp_path):
     """PSNR of the loaded tokenizer, frame by frame."""
     sources = [source(digits, "video", 6)]
