@@ -86,7 +86,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
     #                        channels  encoder  decoder  multipliers
     "image-16d": _tokenizer(       16,     160,     256, (1, 2, 4, 4)),
     "joint-64d": _tokenizer(       64,     160,     256, (1, 2, 4, 4)),
-    "digits":    _tokenizer(        8,      32,      32, (1, 2, 2), **_DIGITS),
+    "digits":    _tokenizer(       12,      32,      32, (1, 2, 2), **_DIGITS),
 }
 
 # 256 x 256 pixels, class-conditional, for the 16-channel tokenizer: "index" predicts one of 16
@@ -102,17 +102,17 @@ GRN_CLASS: dict[str, GRNClassConfig] = {
     "L-bit":      _grn_class((64,  2), (24,  1024, 16),           128,             8),
     "H-bit":      _grn_class((64,  2), (32,  1280, 16),           256,            10),
     "G-bit":      _grn_class((64,  2), (40,  1664, 16),           256,            10),
-    "digits-c2i": _grn_class((32,  2), ( 6,   128,  4),            64,             2, **_TEN),
+    "digits-c2i": _grn_class((48,  2), ( 6,   128,  4),            64,             2, **_TEN),
 }
 
 # Text-conditional, for bits of the 64-channel tokenizer and UMT5-XXL features of 4096 channels.
 # "8b" is the second of two published definitions (the one that takes effect), and came with "full"
-# attention. "digits-t2v": 32 bits, features of the "tiny" text encoder.
+# attention. "digits-t2v": 48 bits, features of the "tiny" text encoder.
 _TINY_TEXT = {"text_channels": 64}
 GRN_TEXT: dict[str, GRNTextConfig] = {
     #                       elements  depth width heads  mlp  per chunk  attention
     "0b":         _grn_text((256, 2), ( 4,   512,  4),  1792,         2, "prefix"),
     "2b":         _grn_text((256, 2), (28,  2304, 18),  8192,         4, "prefix"),
     "8b":         _grn_text((256, 2), (36,  4096, 32), 12288,         6, "full"),
-    "digits-t2v": _grn_text(( 32, 2), ( 6,   128,  4),   384,         2, "prefix", **_TINY_TEXT),
+    "digits-t2v": _grn_text(( 48, 2), ( 6,   128,  4),   384,         2, "prefix", **_TINY_TEXT),
 }
