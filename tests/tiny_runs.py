@@ -42,7 +42,7 @@ TINY_CLASS: dict[str, Any] = {
     "num_elements": 8,
     "alphabet_size": 2,
     "grid_size": [2, 2],
-    "depth": 3,
+    "depth": 4,  # the middle half of the blocks has dropout
     "width": 32,
     "num_heads": 2,
     "bottleneck": 16,

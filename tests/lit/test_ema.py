@@ -205,13 +205,15 @@ def test_a_checkpoint_holds_the_average_once_and_as_plain_tensors(tmp_path):
     assert checkpoint["state_dict"].keys() == module.state_dict().keys()
 
 
-def test_a_resumed_average_is_bitwise_the_one_that_went_on(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_average_is_bitwise_the_one_that_went_on(accumulate, tmp_path):
+    settings = {"max_steps": 12, "accumulate_grad_batches": accumulate}
     straight, ema = Toy(), EMA(decay=0.9)
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=6, filename="{step}", save_top_k=-1)
-    trainer(ema, saver, enable_checkpointing=True, max_steps=12).fit(straight)
+    trainer(ema, saver, enable_checkpointing=True, **settings).fit(straight)
 
     resumed, later = Toy(), EMA(decay=0.9)
-    again = trainer(later, max_steps=12)
+    again = trainer(later, **settings)
     again.fit(resumed, ckpt_path=tmp_path / "step=6.ckpt")  # the end of an epoch
     assert later.num_updates == ema.num_updates == 12
     assert all(later.shadows[name].equal(ema.shadows[name]) for name in AVERAGED)
