@@ -1,5 +1,6 @@
 """Callbacks: averaged weights, sheets for TensorBoard, judges, speed."""
 
+from grn_lightning.lit.callbacks.checkpoint import Checkpoint as Checkpoint
 from grn_lightning.lit.callbacks.ema import EMA as EMA
 from grn_lightning.lit.callbacks.evaluate import DigitFeatures as DigitFeatures
 from grn_lightning.lit.callbacks.evaluate import EvaluateSamples as EvaluateSamples
