@@ -50,14 +50,16 @@ def test_make_alone_lists_every_target() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_takes_experiment_and_options(stage: str) -> None:
-    data, fit = _plan(f"train-{stage}", "ARGS=--trainer.max_steps=20")
+    data, *fits = _plan(f"train-{stage}", "ARGS=--trainer.max_steps=20")
     assert data.split() == ["ENV/bin/grn", "digits", "data/digits"]
-    experiment = f"experiments/{stage}/digits.yaml"
-    assert (ROOT / experiment).is_file()
-    assert fit.split() == [
-        *("ENV/bin/grn", "fit", "-c", "experiments/_base/cpu.yaml", "-c", experiment),
-        "--trainer.max_steps=20",
-    ]
+    names = ["digits_frames", "digits"] if stage == "tokenizer" else ["digits"]
+    for name, fit in zip(names, fits, strict=True):
+        experiment = f"experiments/{stage}/{name}.yaml"
+        assert (ROOT / experiment).is_file()
+        assert fit.split() == [
+            *("ENV/bin/grn", "fit", "-c", "experiments/_base/cpu.yaml", "-c", experiment),
+            "--trainer.max_steps=20",
+        ]
 
 
 def test_an_own_experiment_needs_no_embedded_data() -> None:
@@ -83,7 +85,7 @@ def test_clips_are_drawn_as_the_experiment_says() -> None:
 
 def test_the_demo_trains_and_judges_before_it_reports() -> None:
     commands = [line.split()[1] for line in _plan("demo", "-j4") if line.startswith("ENV/bin/grn")]
-    assert commands == ["digits", "fit", "evaluate", "fit", "evaluate", "report"]
+    assert commands == ["digits", "fit", "fit", "evaluate", "fit", "evaluate", "report"]
 
 
 def test_check_is_lint_and_test() -> None:
