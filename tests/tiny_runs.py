@@ -1,8 +1,10 @@
 """Tiny models on a tiny digits set, trained through the real command line."""
 
+import contextlib
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -171,7 +173,15 @@ def start_grn(*args: Any, log: Path) -> subprocess.Popen[bytes]:
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """End what `start_grn` has started, and the processes that it has started, without warning."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def logged(folder: Path, name: str) -> dict[int, str]:

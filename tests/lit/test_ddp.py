@@ -1,5 +1,7 @@
 """Two processes take the steps of one process on the joined batch."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.tiny_runs import (
     checkpoints,
     fit,
     generator_config,
+    kill,
     logged,
     source,
     start_grn,
@@ -25,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
 
+STAGES = ("tokenizer", "text")
 BETAS = (0.5, 0.9)
 PATIENCE_SECONDS = 180
 
@@ -63,24 +67,27 @@ def first_gradients(folder: Path) -> dict[int, Tensor]:
     return {index: entry["exp_avg"] / (1 - BETAS[0]) for index, entry in state.items()}
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "text"])
-def test_two_processes_are_one_on_the_joined_batch(stage, digits, tokenizer_run, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    config = stage_config(stage, two, digits, tokenizer_run, batch_size=4)
-    process = start_grn(
-        "fit",
-        "-c",
-        write_yaml(two, config),
-        "--trainer.devices=2",
-        "--trainer.strategy=ddp",
-        "--trainer.accelerator=cpu",
-        log=two / "output.txt",
-    )
-    try:
-        fit(one, stage_config(stage, one, digits, tokenizer_run, batch_size=8))
-        assert process.wait(PATIENCE_SECONDS) == 0, (two / "output.txt").read_text()
-    finally:
-        process.kill()
+@pytest.fixture(scope="module")
+def pairs(
+    digits: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Path, subprocess.Popen[bytes]]]]:
+    """Runs of both stages on two processes each; they start at the same time."""
+    runs = {}
+    for stage in STAGES:
+        folder = tmp_path_factory.mktemp(f"two_{stage}")
+        file = write_yaml(folder, stage_config(stage, folder, digits, tokenizer_run, batch_size=4))
+        ddp = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")
+        runs[stage] = (folder, start_grn("fit", "-c", file, *ddp, log=folder / "output.txt"))
+    yield runs
+    for _, process in runs.values():
+        kill(process)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_are_one_on_the_joined_batch(stage, pairs, digits, tokenizer_run, tmp_path):
+    one, (two, process) = tmp_path, pairs[stage]
+    fit(one, stage_config(stage, one, digits, tokenizer_run, batch_size=8))
+    assert process.wait(PATIENCE_SECONDS) == 0, (two / "output.txt").read_text()
 
     alone, joined = first_gradients(one), first_gradients(two)
     assert alone.keys() == joined.keys()

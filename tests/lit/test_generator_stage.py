@@ -395,7 +395,7 @@ def test_four_samples_are_learned_by_heart(kind, digits, tokenizer_run, tmp_path
             "corruption": {"condition_dropout": 0.0},
             "optim": {"name": "muon", "lr": 3e-3, "schedule": "linear", "decay_fraction": 0.5},
         },
-        trainer={"max_steps": 200},
+        trainer={"max_steps": 150},
     )
     trainer = fit(tmp_path, config)
     losses = [float(value) for value in logged(tmp_path, "train/loss").values()]

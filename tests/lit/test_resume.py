@@ -15,6 +15,7 @@ from tests.tiny_runs import (
     checkpoints,
     fit,
     generator_config,
+    kill,
     logged,
     start_grn,
     tensors_equal,
@@ -66,8 +67,7 @@ def doomed(
         runs[stage] = (folder, process)
     yield runs
     for _, process in runs.values():
-        process.kill()
-        process.wait()
+        kill(process)
 
 
 def kill_later(folder: Path, process: subprocess.Popen[bytes]) -> None:
@@ -78,8 +78,8 @@ def kill_later(folder: Path, process: subprocess.Popen[bytes]) -> None:
         assert process.poll() is None, (folder / "output.txt").read_text()
         assert time.monotonic() < deadline, (folder / "output.txt").read_text()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill(process)
+    assert process.returncode == -signal.SIGKILL
 
 
 def assert_same_end(first: Path, second: Path) -> None:
@@ -118,8 +118,7 @@ def test_a_killed_and_resumed_run_is_the_run_that_was_not(
 def test_what_a_kill_leaves_behind_can_be_read(doomed):
     """Checkpoints are written whole or not at all."""
     for folder, process in doomed.values():
-        process.kill()
-        process.wait()
+        kill(process)
         for file in (folder / "checkpoints").glob("*.ckpt"):
             assert read_checkpoint(file)["samples_seen"] > 0
 
