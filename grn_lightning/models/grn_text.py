@@ -7,8 +7,10 @@ One transformer over `[text, visual, time]` tokens. Attention is one of the two 
 * "full": everything attends to everything.
 
 Positions live in the rotary tables alone, hence the order of the groups is ours to choose; text
-comes first. An image is a clip of one frame. To continue a given first frame, put its clean codes
-into frame 0 and ignore the logits of that frame: it is the published image-to-video geometry.
+comes first. An image is a clip of one frame. A clip that continues a picture has the clean codes of
+the picture as its latent frame 0 (`first_frame`): they enter like any codes and stand at time 0,
+the codes to be predicted at times 1 .. f, and there are no logits for them. It is the published
+image-to-video geometry.
 
 `b` batch, `c` elements per position, `k` alphabet, `f h w` grid, `n = f h w`, `l` text tokens,
 `d` width, `e` head width.
@@ -136,6 +138,19 @@ class TextCache(NamedTuple):
     mask: Tensor
 
 
+class FirstFrameCondition(NamedTuple):
+    """Text and the picture that a clip starts from; cut and joined along the batch like its parts.
+
+    Attributes:
+        text: Features of the captions, or what `GRNText.encode_text` made of them.
+        first_frame: Clean codes `(b, c, 1, h, w)` of latent frame 0. The branch without a caption
+            has them too, so that guidance acts on the text alone.
+    """
+
+    text: TextCondition | TextCache
+    first_frame: Tensor
+
+
 class Block(nn.Module):
     """Pre-normalized attention and feed-forward branches."""
 
@@ -232,21 +247,39 @@ class GRNText(nn.Module):
         self,
         codes: Tensor,
         t: Tensor,
-        condition: TextCondition | TextCache,
+        condition: TextCondition | TextCache | FirstFrameCondition,
         text_cache: TextCache | None = None,
+        *,
+        first_frame: Tensor | None = None,
     ) -> Tensor:
         """Predict the logits of every element.
 
+        The tokens of a first frame are visual tokens: they attend to everything and, with "prefix"
+        attention, the text does not see them. Its states thus stay what they are without a picture,
+        and one text cache serves every picture.
+
         Args:
             codes: Corrupted codes `(b, c, f, h, w)` in [0, k).
-            t: Time `(b,)` in [0, 1]: 0 noise, 1 data.
-            condition: Text features, or what `encode_text` made of them.
-            text_cache: What `encode_text` made of `condition`; then `condition` is not read.
+            t: Time `(b,)` in [0, 1]: 0 noise, 1 data. A clean first frame does not raise it: in
+                training it is the share that a mask over all `1 + f` frames would have kept.
+            condition: Text features, or what `encode_text` made of them; with a first frame or
+                without.
+            text_cache: What `encode_text` made of the text; then its features are not read.
+            first_frame: Clean codes `(b, c, 1, h, w)` of the latent frame before `codes`, unless
+                `condition` has them.
 
         Returns:
-            Logits `(b, c, f, h, w, k)`, float32.
+            Logits `(b, c, f, h, w, k)` of `codes`, float32.
+
+        Raises:
+            ValueError: If codes, first frame or text are of other sizes than the model's.
         """
-        visual = self._embed_visual(codes, t)  # (b, n + 1, d)
+        if isinstance(condition, FirstFrameCondition):
+            condition, first_frame = condition
+        num_logits = codes.shape[2:].numel()
+        if first_frame is not None:
+            codes = _put_before(first_frame, codes)
+        visual = self._embed_visual(codes, t)  # (b, n + 1, d), the first frame in front
         grid = tuple(codes.shape[2:])
         cache = condition if isinstance(condition, TextCache) else text_cache
         if cache is not None:
@@ -256,9 +289,9 @@ class GRNText(nn.Module):
             text, text_mask = self._embed_text(condition)
             x = torch.cat([text, visual], dim=1)
             x = self._run(x, self._joint_layout(text_mask, grid))[0]
-        logits = self.head(x[:, x.shape[1] - visual.shape[1] : -1])  # (b, n, c k)
+        logits = self.head(x[:, -1 - num_logits : -1])  # (b, n, c k); the last is the time token
         logits = logits.unflatten(-1, (-1, self.config.alphabet_size))  # element-major
-        return logits.transpose(1, 2).unflatten(2, grid)
+        return logits.transpose(1, 2).unflatten(2, (-1, *grid[1:]))
 
     def encode_text(self, condition: TextCondition) -> TextCache:
         """Run the text alone through all blocks ("prefix" attention only).
@@ -366,6 +399,17 @@ class GRNText(nn.Module):
             if keeps:  # not otherwise: they would outlive activation checkpointing
                 kept += new
         return x, kept
+
+
+def _put_before(first_frame: Tensor, codes: Tensor) -> Tensor:
+    """Join codes `(b, c, 1, h, w)` and `(b, c, f, h, w)` to a clip of `1 + f` frames."""
+    expected = (*codes.shape[:2], 1, *codes.shape[3:])
+    if first_frame.shape != expected:
+        raise ValueError(
+            f"first_frame must be {expected}, one latent frame that fits codes "
+            f"{tuple(codes.shape)}, got {tuple(first_frame.shape)}."
+        )
+    return torch.cat([first_frame, codes], dim=2)
 
 
 def _has_padding(mask: Tensor) -> bool:
