@@ -6,8 +6,12 @@ import math
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+NOTE_KEY = "grn"
+"""Keyword of the text chunk that holds a note in a PNG."""
 
 _WIDE_GRAY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's names of 16-bit gray pictures
 
@@ -71,10 +75,17 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def encode_png(image: Tensor) -> bytes:
-    """Encode a uint8 ``(3, h, w)`` tensor without loss."""
-    buffer = io.BytesIO()
-    to_picture(image).save(buffer, format="PNG")
+def encode_png(image: Tensor, *, note: str | None = None) -> bytes:
+    """Encode a uint8 ``(3, h, w)`` tensor without loss.
+
+    Args:
+        image: uint8 ``(3, h, w)``.
+        note: Text that travels in the file; `media.notes.read_note` finds it.
+    """
+    buffer, info = io.BytesIO(), PngInfo()
+    if note is not None:
+        info.add_itxt(NOTE_KEY, note)
+    to_picture(image).save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
 
 

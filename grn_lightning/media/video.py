@@ -264,7 +264,14 @@ def _as_clip(clip: Tensor) -> np.ndarray:
     return clip.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _write_mp4(file: str | io.BytesIO, frames: np.ndarray, rate: Fraction, crf: int | None) -> None:
+def _write_mp4(
+    file: str | io.BytesIO,
+    frames: np.ndarray,
+    rate: Fraction,
+    *,
+    crf: int | None,
+    note: str | None,
+) -> None:
     """Encode ``(f, h, w, 3)``; ``crf=None`` stores RGB without loss."""
     lossless = crf is None
     layout = "rgb24" if lossless else "yuv420p"
@@ -273,6 +280,8 @@ def _write_mp4(file: str | io.BytesIO, frames: np.ndarray, rate: Fraction, crf: 
     convert = VideoReformatter()
     colors = {"dst_colorspace": _BT709, "interpolation": _QUALITY}
     with av.open(file, "w", format="mp4", options=index_first) as container:
+        if note is not None:
+            container.metadata["comment"] = note
         options = {"crf": str(crf or 0)} | _NO_MACROBLOCK_TREE
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], layout
@@ -289,7 +298,14 @@ def _write_mp4(file: str | io.BytesIO, frames: np.ndarray, rate: Fraction, crf: 
         container.mux(stream.encode(None))
 
 
-def encode_mp4(clip: Tensor, *, fps: float, crf: int = 18, lossless: bool = False) -> bytes:
+def encode_mp4(
+    clip: Tensor,
+    *,
+    fps: float,
+    crf: int = 18,
+    lossless: bool = False,
+    note: str | None = None,
+) -> bytes:
     """Encode a clip as H.264 in MP4; equal clips give equal bytes.
 
     The default plays everywhere: 4:2:0, BT.709, index first. Odd sides get their last row or
@@ -301,6 +317,7 @@ def encode_mp4(clip: Tensor, *, fps: float, crf: int = 18, lossless: bool = Fals
         fps: Frames per second.
         crf: Quality, from 1 (best) to 51; 18 is hard to tell from the original.
         lossless: Store RGB exactly instead; ``crf`` is not used.
+        note: Text that travels in the file as its comment; `media.notes.read_note` finds it.
 
     Raises:
         ValueError: If the clip is not uint8 ``(f, 3, h, w)``, or ``crf`` is out of range.
@@ -312,12 +329,12 @@ def encode_mp4(clip: Tensor, *, fps: float, crf: int = 18, lossless: bool = Fals
     frames, rate = _as_clip(clip), _rate(fps)
     if lossless:
         buffer = io.BytesIO()
-        _write_mp4(buffer, frames, rate, None)
+        _write_mp4(buffer, frames, rate, crf=None, note=note)
         return buffer.getvalue()
     odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
     with tempfile.TemporaryDirectory() as folder:  # the index can only be moved within a file
         path = Path(folder, "clip.mp4")
-        _write_mp4(str(path), np.pad(frames, odd, mode="edge"), rate, crf)
+        _write_mp4(str(path), np.pad(frames, odd, mode="edge"), rate, crf=crf, note=note)
         return path.read_bytes()
 
 
@@ -343,7 +360,7 @@ def _gif_frames(frames: np.ndarray) -> list[Image.Image]:
     return pictures
 
 
-def encode_gif(clip: Tensor, *, fps: float, loop: bool = True) -> bytes:
+def encode_gif(clip: Tensor, *, fps: float, loop: bool = True, note: str | None = None) -> bytes:
     """Encode a clip as an animated GIF: exact up to 256 colours, else dithered.
 
     GIF counts in hundredths of a second and viewers refuse less than two; the total length is kept
@@ -353,6 +370,7 @@ def encode_gif(clip: Tensor, *, fps: float, loop: bool = True) -> bytes:
         clip: uint8 ``(f, 3, h, w)``.
         fps: Frames per second, at most 50.
         loop: Whether to play for ever.
+        note: Text that travels in the file as its comment; `media.notes.read_note` finds it.
 
     Raises:
         ValueError: If the clip is not uint8 ``(f, 3, h, w)``, or ``fps`` is out of range.
@@ -364,6 +382,7 @@ def encode_gif(clip: Tensor, *, fps: float, loop: bool = True) -> bytes:
     durations = [10 * (ends[n + 1] - ends[n]) for n in range(len(frames))]
     buffer = io.BytesIO()
     options: dict[str, Any] = {"loop": 0} if loop else {}
+    options |= {} if note is None else {"comment": note.encode()}
     frames[0].save(
         buffer, format="GIF", save_all=True, append_images=frames[1:], duration=durations, **options
     )
