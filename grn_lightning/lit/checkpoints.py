@@ -1,12 +1,13 @@
 """Finding checkpoints of runs and loading what they trained, with averaged weights."""
 
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from grn_lightning.models.hashes import weights_hash as weights_hash
 
 EMA_STATE = "ema"
 """Key of the averaged weights in a checkpoint's callback states; see `lit/callbacks/ema.py`."""
@@ -86,12 +87,3 @@ def select(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors below `prefix.`, without it."""
     start = prefix + "."
     return {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
-
-
-def weights_hash(module: nn.Module) -> str:
-    """Return the first 16 hex digits of a SHA-256 over names, shapes and bytes of all tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
