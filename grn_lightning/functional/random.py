@@ -50,6 +50,8 @@ class Stream(IntEnum):
     """The time of a training sample."""
     DROP = 4
     """Whether a training sample loses its condition."""
+    START = 5
+    """Which elements of a given map sampling starts from."""
 
 
 def philox_4x32(counter: Words, key: tuple[int, int]) -> Words:

@@ -7,6 +7,7 @@ from grn_lightning.samplers.conditions import concatenate_conditions as concaten
 from grn_lightning.samplers.conditions import expand_rows as expand_rows
 from grn_lightning.samplers.conditions import num_rows as num_rows
 from grn_lightning.samplers.conditions import select_rows as select_rows
+from grn_lightning.samplers.constraints import Constraint as Constraint
 from grn_lightning.samplers.refine import ForwardCount as ForwardCount
 from grn_lightning.samplers.refine import Generator as Generator
 from grn_lightning.samplers.refine import RefineConfig as RefineConfig

@@ -43,6 +43,7 @@ from grn_lightning.functional.guidance import GUIDANCE_SCHEDULES, guidance_scale
 from grn_lightning.functional.random import Stream, counter_uniform
 from grn_lightning.functional.timesteps import SCHEDULES, step_grid
 from grn_lightning.samplers.conditions import Condition, concatenate_conditions, expand_rows
+from grn_lightning.samplers.constraints import Constraint
 
 
 class Generator(Protocol):
@@ -138,8 +139,13 @@ class RefineConfig:
             must("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
         ]
 
-    def steps(self) -> list[Step]:
-        """Return what every step does, in order."""
+    def steps(self, start_time: float = 0.0) -> list[Step]:
+        """Return what every step does, in order.
+
+        Args:
+            start_time: Where to start; steps that end before are left out, and the first one
+                that is left starts here. Numbers of steps stay what they are.
+        """
         times = step_grid(self.num_steps, schedule=self.schedule, alpha=self.alpha).tolist()
         scale_at = partial(
             guidance_scale_at,
@@ -149,7 +155,8 @@ class RefineConfig:
             power=self.guidance_power,
         )
         pairs = enumerate(pairwise(times))
-        return [Step(number, t, t_next, scale_at(t)) for number, (t, t_next) in pairs]
+        left = [(i, max(t, start_time), t_next) for i, (t, t_next) in pairs if t_next > start_time]
+        return [Step(number, t, t_next, scale_at(t)) for number, t, t_next in left]
 
 
 @dataclass(frozen=True)
@@ -177,20 +184,21 @@ class RefineState:
 class StepInfo:
     """What an observer is told after every step. The tensors are the sampler's own: read only."""
 
-    step: int
-    """Number of this step, from 0."""
+    step: Tensor
+    """`(b,)` long: number of this step, from 0; samples may stand at different steps."""
 
-    num_steps: int
-    """Steps of the whole trajectory."""
+    num_steps: Tensor
+    """`(b,)` long: number after that of the last step, as planned so far."""
 
-    t: float
-    """Time at which the generator was asked."""
+    t: Tensor
+    """`(b,)` float: time at which the generator was asked."""
 
-    t_next: float
-    """Share of elements that this step kept, in expectation; 1 at the last step."""
+    t_next: Tensor
+    """`(b,)` float: share of elements that this step kept, in expectation; 1 at the last step."""
 
-    guidance_scale: float
-    """Scale used at this step; 1 means that the unconditional branch was not evaluated."""
+    guidance_scale: Tensor
+    """`(b,)` float: scale used at this step; 1 means that the unconditional branch was not
+    evaluated."""
 
     sample_index: Tensor
     """`(b,)` long: which samples these are."""
@@ -235,6 +243,9 @@ class RefineResult:
     entropy: Tensor
     """`(num_steps, b)` float in [0, 1]: mean normalized entropy of the conditional prediction,
     before guidance and temperature."""
+
+    num_steps: Tensor
+    """`(b,)` long: steps that each sample took."""
 
 
 @dataclass(frozen=True)
@@ -289,11 +300,19 @@ def _branches(
     return _Branches(generator, alphabet_size, condition, concatenate_conditions(condition, null))
 
 
-def _begin(uniform: Callable[..., Tensor], alphabet_size: int) -> RefineState:
+def _begin(
+    uniform: Callable[..., Tensor], alphabet_size: int, constraint: Constraint | None
+) -> RefineState:
     """Return the state before the first step (1 of the algorithm)."""
     x_0 = random_codes(uniform(step=0, stream=Stream.INITIAL), alphabet_size=alphabet_size)
     keep = torch.zeros_like(x_0, dtype=torch.bool)
-    return RefineState(x_0, x_0, x_0, keep, torch.ones(len(x_0), device=x_0.device))
+    ones = torch.ones(len(x_0), device=x_0.device)
+    if constraint is None:
+        return RefineState(x_0, x_0, x_0, keep, ones)
+    if constraint.start_time > 0:
+        keep = keep_mask(uniform(step=0, stream=Stream.START), constraint.start_time * ones)
+    x_t, x_hat, keep = constraint.begin(x_0, keep)
+    return RefineState(x_0, x_t, x_hat, keep, ones)
 
 
 def _advance(
@@ -302,6 +321,7 @@ def _advance(
     branches: _Branches,
     uniform: Callable[..., Tensor],
     temperature: float,
+    constraint: Constraint | None,
 ) -> RefineState:
     """Return the state after one step (2 of the algorithm)."""
     conditional, guided = branches.logits(state.x_t, step.t, step.guidance_scale)  # 2a
@@ -310,18 +330,21 @@ def _advance(
     x_hat = draw(guided, u, temperature=temperature)  # 2c
     t_next = mean_entropy.new_full((len(x_hat),), step.t_next)
     keep = keep_mask(uniform(step=step.number, stream=Stream.KEEP), t_next)
+    if constraint is not None:
+        x_hat, keep = constraint.complete(x_hat), constraint.shown(keep)
     return RefineState(state.x_0, corrupt(x_hat, state.x_0, keep), x_hat, keep, mean_entropy)  # 2d
 
 
 def _step_info(
     step: Step, num_steps: int, sample_index: Tensor, previous: RefineState, state: RefineState
 ) -> StepInfo:
+    ones = torch.ones_like(state.entropy)
     return StepInfo(
-        step=step.number,
-        num_steps=num_steps,
-        t=step.t,
-        t_next=step.t_next,
-        guidance_scale=step.guidance_scale,
+        step=torch.full_like(sample_index, step.number),
+        num_steps=torch.full_like(sample_index, num_steps),
+        t=step.t * ones,
+        t_next=step.t_next * ones,
+        guidance_scale=step.guidance_scale * ones,
         sample_index=sample_index,
         entropy=state.entropy,
         codes=state.x_hat,
@@ -343,6 +366,7 @@ def refine(
     alphabet_size: int,
     config: RefineConfig,
     observer: Callable[[StepInfo], None] | None = None,
+    constraint: Constraint | None = None,
 ) -> RefineResult:
     """Draw one batch of samples by global refinement.
 
@@ -359,16 +383,21 @@ def refine(
         alphabet_size: Number of values `k` of an element.
         config: Steps, guidance, temperature.
         observer: Called with a `StepInfo` after every step.
+        constraint: Elements that are known beforehand, and where to start. The answer has exactly
+            the known codes.
 
     Returns:
         Codes `(b, c, *grid)`, number of forwards and entropies; the forwards are `num_steps` calls
-        with `b (num_steps + guided steps)` rows.
+        with `b (num_steps + guided steps)` rows. A constraint that starts later leaves out the
+        steps before.
 
     Raises:
-        ValueError: If rows do not match, if guidance lacks its null condition, or if the generator
-            returns logits of another shape.
+        ValueError: If rows do not match, if guidance lacks its null condition, if the constraint
+            does not fit, or if the generator returns logits of another shape.
     """
-    steps = config.steps()
+    if constraint is not None:
+        constraint = constraint.expand(len(sample_index), shape, alphabet_size=alphabet_size)
+    steps = config.steps(0.0 if constraint is None else constraint.start_time)
     branches = _branches(
         generator,
         alphabet_size,
@@ -378,14 +407,16 @@ def refine(
         is_guided=any(step.is_guided for step in steps),
     )
     uniform = partial(counter_uniform, sample_index, seed=seed, shape=tuple(shape))
-    state = _begin(uniform, alphabet_size)
+    state = _begin(uniform, alphabet_size, constraint)
     entropies = []
     for step in steps:
-        previous, state = state, _advance(state, step, branches, uniform, config.temperature)
+        previous = state
+        state = _advance(state, step, branches, uniform, config.temperature, constraint)
         entropies.append(state.entropy)
         if observer is not None:
             observer(_step_info(step, config.num_steps, sample_index, previous, state))
     num_forwards = ForwardCount(
         calls=len(steps), rows=len(sample_index) * sum(1 + step.is_guided for step in steps)
     )
-    return RefineResult(state.x_hat, num_forwards, torch.stack(entropies))
+    num_steps = torch.full_like(sample_index, len(steps))
+    return RefineResult(state.x_hat, num_forwards, torch.stack(entropies), num_steps)

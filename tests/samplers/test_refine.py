@@ -36,7 +36,8 @@ def hashing_generator(alphabet_size: int) -> Callable[[Tensor, Tensor, Tensor], 
 def run(
     generator: Callable, *, samples: list[int], k: int = 4, grid: str = "image", **settings
 ) -> RefineResult:
-    options = {key: settings.pop(key) for key in ("observer", "null_condition") if key in settings}
+    names = ("observer", "null_condition", "constraint")
+    options = {key: settings.pop(key) for key in names if key in settings}
     index = torch.tensor(samples)
     return refine(
         generator,
@@ -162,8 +163,9 @@ def test_every_step_keeps_its_share_and_the_last_one_everything(schedule: str) -
     _, seen = watch(samples=list(range(200)), num_steps=5, schedule=schedule, alpha=2.0)
     for info in seen:
         kept, count = info.keep.float().mean().item(), info.keep.numel()
-        assert abs(kept - info.t_next) <= 5 * (info.t_next * (1 - info.t_next) / count) ** 0.5
-    assert seen[-1].t_next == 1.0
+        [t_next] = info.t_next.unique().tolist()
+        assert abs(kept - t_next) <= 5 * (t_next * (1 - t_next) / count) ** 0.5
+    assert (seen[-1].t_next == 1).all()
     assert seen[-1].keep.all()
     assert torch.equal(seen[-1].x_t, seen[-1].codes)
 
@@ -185,8 +187,10 @@ def test_the_random_map_is_fixed_and_the_masks_are_fresh() -> None:
 
 def test_an_observer_sees_what_is_returned_and_changes_nothing() -> None:
     result, seen = watch(samples=[5, 6], num_steps=4)
-    assert [(info.step, info.num_steps) for info in seen] == [(i, 4) for i in range(4)]
-    assert [info.t for info in seen[1:]] == [info.t_next for info in seen[:-1]]
+    assert [info.step.tolist() for info in seen] == [[i, i] for i in range(4)]
+    assert all(info.num_steps.tolist() == [4, 4] for info in seen)
+    for info, following in zip(seen[:-1], seen[1:], strict=True):
+        assert torch.equal(info.t_next, following.t)
     assert torch.equal(seen[-1].codes, result.codes)
     assert torch.equal(torch.stack([info.entropy for info in seen]), result.entropy)
     unwatched = run(hashing_generator(4), grid="video", samples=[5, 6], num_steps=4)
