@@ -6,19 +6,22 @@ A split is the tar files ``<split>-%06d.tar`` and ``<split>.manifest.json`` besi
      "shards": [{"name": "train-000000.tar", "num_samples": 1000, "num_bytes": 104857600}]}
 
 A truncated tar ends without an error in most readers, so the counts are the only way to notice.
-Files appear under their final name only when they are complete.
+Files appear under their final name only when they are complete. Beside every shard lies an index
+of its members (`tars.py`), which is a shortcut and may be lost.
 """
 
 import json
-import os
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from webdataset import TarWriter
+
+from grn_lightning.datasets.files import atomic_file as atomic_file
+from grn_lightning.datasets.files import write_json as write_json
+from grn_lightning.datasets.tars import index_shard, store_index
 
 FORMAT = 1
 
@@ -61,29 +64,6 @@ class ShardScan(NamedTuple):
     """Key of every sample, in order."""
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name when the block ends well, and leaves no trace otherwise.
-
-    The temporary name holds the process number: two processes never write into one file.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a small JSON file in one piece."""
-    with atomic_file(path) as stream:
-        stream.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the list of a split's shards in one piece."""
     shards = [asdict(shard) for shard in manifest.shards]
@@ -112,13 +92,57 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{path} lacks or adds an entry: {error}.") from error
 
 
-def _checked_key(sample: Mapping[str, str | bytes], keys: Mapping[str, None]) -> str:
-    key = str(sample["__key__"])
-    if "." in key.rpartition("/")[-1] or key in keys:
-        raise ValueError(
-            f"keys must differ and hold no dot (the extension follows it), got {key!r}."
-        )
-    return key
+class ShardWriter:
+    """Writes one tar, sample by sample; it appears, with its index, when the block ends well.
+
+    Equal samples give equal bytes.
+
+    Args:
+        path: The tar.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._keys: dict[str, None] = {}  # an ordered set
+        self._fields: set[str] = set()
+        self._files = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Open the file under a temporary name."""
+        with ExitStack() as files:
+            self._stream = files.enter_context(atomic_file(self.path))
+            # No compression: pictures have been compressed, and readers jump to single members.
+            options = {"encoder": False, "compress": False, "mtime": 0}
+            self._tar = files.enter_context(TarWriter(self._stream, **options))
+            self._files = files.pop_all()
+        return self
+
+    def add(self, sample: Mapping[str, str | bytes]) -> None:
+        """Append a sample, ``{"__key__": "00000001", "jpg": b"...", "txt": b"a caption"}``.
+
+        Raises:
+            ValueError: If its key holds a dot or comes twice.
+        """
+        key = str(sample["__key__"])
+        if "." in key.rpartition("/")[-1] or key in self._keys:
+            raise ValueError(
+                f"keys must differ and hold no dot (the extension follows it), got {key!r}."
+            )
+        self._keys[key] = None
+        self._fields.update(sample.keys() - {"__key__"})
+        self._tar.write(dict(sample))
+
+    def __exit__(self, *error: Any) -> None:
+        """Give the file its name, or remove it if something went wrong."""
+        self._files.__exit__(*error)
+        if error[0] is None:
+            store_index(self.path, index_shard(self.path))
+
+    @property
+    def scan(self) -> ShardScan:
+        """What was written, once the block has ended."""
+        info = ShardInfo(self.path.name, len(self._keys), self.path.stat().st_size)
+        return ShardScan(info, tuple(sorted(self._fields)), tuple(self._keys))
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> ShardScan:
@@ -126,8 +150,7 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> Sha
 
     Args:
         path: The tar, which appears when it is complete.
-        samples: ``{"__key__": "00000001", "jpg": b"...", "txt": b"a caption"}`` and so on; all
-            values but the key are bytes.
+        samples: See `ShardWriter.add`; all values but the key are bytes.
 
     Returns:
         What was written.
@@ -135,17 +158,10 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> Sha
     Raises:
         ValueError: If a key holds a dot or comes twice.
     """
-    keys: dict[str, None] = {}  # an ordered set
-    fields: set[str] = set()
-    with atomic_file(path) as stream:
-        # No compression: pictures have been compressed, and readers jump to single members.
-        with TarWriter(stream, encoder=False, compress=False, mtime=0) as tar:
-            for sample in samples:
-                keys[_checked_key(sample, keys)] = None
-                tar.write(dict(sample))
-                fields.update(sample.keys() - {"__key__"})
-        num_bytes = stream.tell()
-    return ShardScan(ShardInfo(path.name, len(keys), num_bytes), tuple(sorted(fields)), tuple(keys))
+    with ShardWriter(path) as writer:
+        for sample in samples:
+            writer.add(sample)
+    return writer.scan
 
 
 def scan_shard(path: Path) -> ShardScan:
@@ -154,26 +170,14 @@ def scan_shard(path: Path) -> ShardScan:
     Raises:
         ValueError: If the file is cut off or damaged, with the number of samples before that.
     """
-    keys: list[str] = []
-    fields: set[str] = set()
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if member.isreg() and keys[-1:] != [folder + slash + stem]:
-                    keys.append(folder + slash + stem)
-                if member.isreg():
-                    fields.add(extension.lower())
-            end = tar.offset
-        with path.open("rb") as stream:  # tarfile takes damage between members for the end
-            stream.seek(end)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark at byte {end}")
-    except (tarfile.TarError, OSError) as error:
-        found = f"{len(keys)} samples can be seen"
+        index = index_shard(path, known=None)
+    except OSError as error:
+        raise ValueError(f"the shard {path} cannot be read ({error}).") from error
+    if index.damage:
         raise ValueError(
-            f"the shard {path} cannot be read to its end ({error}); {found}."
-        ) from error
-    info = ShardInfo(path.name, len(keys), path.stat().st_size)
-    return ShardScan(info, tuple(sorted(fields)), tuple(keys))
+            f"the shard {path} cannot be read to its end ({index.damage}); {len(index.keys)} "
+            "samples can be seen."
+        )
+    info = ShardInfo(path.name, len(index.keys), path.stat().st_size)
+    return ShardScan(info, index.fields, index.keys)

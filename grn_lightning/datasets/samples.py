@@ -12,12 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from grn_lightning.datasets.order import SampleRequest
-from grn_lightning.datasets.shards import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
-    RawSample,
-    ShardSet,
-)
+from grn_lightning.datasets.shards import RawSample, ShardSet
+from grn_lightning.datasets.tars import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from grn_lightning.media.images import center_crop_resize, decode_image, to_float
 from grn_lightning.media.video import decode_video
 

@@ -1,14 +1,13 @@
 """Random access to the samples of WebDataset shards, without unpacking them.
 
 A shard is a tar file; consecutive members ``key.extension`` with one key are one sample. Only
-local files and only the extensions below are read: a shard of a stranger can make this module
-neither run a command nor unpickle an object. The members of a shard are located by reading its
-headers once (about 50 microseconds a member), when the first sample of the shard is asked for.
+local files and only the extensions of `tars.KNOWN_EXTENSIONS` are read: a shard of a stranger can
+make this module neither run a command nor unpickle an object. The members of a shard are located
+(`tars.py`) when its first sample is asked for.
 """
 
 import os
 import re
-import tarfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -20,106 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from grn_lightning.datasets.manifest import read_manifest
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-VIDEO_EXTENSIONS = ("mp4", "webm", "mov", "avi", "mkv")
-KNOWN_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, "txt", "cls", "json")
+from grn_lightning.datasets.tars import ShardIndex, index_shard, locate_samples
 
 _REMOTE = re.compile(r"^(pipe:|[a-z][a-z0-9+.-]*:/)", re.IGNORECASE)
 _MAX_OPEN_FILES = 64  # a few windows of the sample order; far below the usual limit of 1,024
 _MAX_INDEXES = 256  # about half a megabyte each with 10,000 samples of three members
 _MANY_SHARDS = 8  # from here on a scan shows its progress
-
-
-# --- one shard ------------------------------------------------------------------------------------
-
-
-class ShardIndex(NamedTuple):
-    """Where the samples of one tar lie.
-
-    Attributes:
-        keys: Key of each sample.
-        fields: Extensions that occur, one per column below.
-        offsets: First byte ``(n, fields)`` int64, -1 where a sample lacks the field.
-        sizes: Number of bytes ``(n, fields)`` int64.
-        damage: What is wrong with the file, empty if nothing.
-    """
-
-    keys: tuple[str, ...]
-    fields: tuple[str, ...]
-    offsets: np.ndarray
-    sizes: np.ndarray
-    damage: str = ""
-
-
-class _Member(NamedTuple):
-    key: str
-    field: str
-    offset: int
-    size: int
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Split the name of a member into key and lower-case extension at the first dot of its file.
-
-    Example:
-        >>> split_name("cats/0001.JPG")
-        ('cats/0001', 'jpg')
-    """
-    folder, slash, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
-def _read_members(path: Path) -> tuple[list[_Member], str]:
-    """Files in the tar whose bytes are all there, and the damage if any."""
-    members: list[_Member] = []
-    num_bytes = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it keeps an object per member
-                key, field = split_name(info.name)
-                end = info.offset_data + info.size
-                if info.isreg() and end <= num_bytes:
-                    members.append(_Member(key, field, info.offset_data, info.size))
-            end_of_members = tar.offset
-    except tarfile.TarError as error:
-        return members, str(error)
-    # tarfile takes garbage after the first member for the end; a real end is a block of zeros.
-    with path.open("rb") as file:
-        file.seek(end_of_members)
-        whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    return members, "" if whole else f"no end mark at byte {end_of_members}"
-
-
-def index_shard(path: Path) -> ShardIndex:
-    """Locate the samples of a tar by its headers.
-
-    A truncated or garbled file gives the samples before the damage.
-
-    Args:
-        path: The tar.
-
-    Returns:
-        Keys and extents of its samples.
-    """
-    members, damage = _read_members(path)
-    fields = tuple(sorted({member.field for member in members} & set(KNOWN_EXTENSIONS)))
-    keys: list[str] = []
-    cells: list[tuple[int, int]] = []  # row and column of each member of a known extension
-    extents: list[tuple[int, int]] = []
-    for member in members:
-        if not keys or keys[-1] != member.key:
-            keys.append(member.key)
-        if member.field in fields:
-            cells.append((len(keys) - 1, fields.index(member.field)))
-            extents.append((member.offset, member.size))
-    offsets, sizes = np.full((2, len(keys), len(fields)), -1, dtype=np.int64)
-    if cells:
-        rows, columns = zip(*cells, strict=True)
-        offsets[rows, columns], sizes[rows, columns] = zip(*extents, strict=True)
-    return ShardIndex(tuple(keys), fields, offsets, sizes, damage)
 
 
 class _OpenFiles:
@@ -295,7 +200,7 @@ class ShardSet:
 
     def _checked_index(self, shard: int) -> ShardIndex:
         path, expected = self.paths[shard], self.shard_sizes[shard]
-        index = index_shard(path)
+        index = locate_samples(path)
         if len(index.keys) != expected:
             reason = f" ({index.damage})" if index.damage else ""
             warnings.warn(

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
+from grn_lightning.datasets.tars import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+VIDEO_SUFFIXES = tuple(f".{extension}" for extension in VIDEO_EXTENSIONS)
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 # Names of the columns in tables that are around; the first one present is taken.

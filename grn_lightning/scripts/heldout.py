@@ -15,7 +15,8 @@ from grn_lightning.datasets.samples import (
     check_fields,
     collate,
 )
-from grn_lightning.datasets.shards import VIDEO_EXTENSIONS, ShardSet
+from grn_lightning.datasets.shards import ShardSet
+from grn_lightning.datasets.tars import VIDEO_EXTENSIONS
 from grn_lightning.scripts.runs import ClipSize
 
 

@@ -132,7 +132,8 @@ def test_an_interrupted_build_goes_on_and_ends_alike(
         patch.setattr(pack, "_make_sample", make_six)
         with pytest.raises(_KilledError):
             build_shards(pictures, target, config=IN_PROCESS)
-    assert {p.name for p in target.iterdir()} == {"train.plan.json", "train-000000.tar"}
+    names = {"train.plan.json", "train-000000.tar", "train-000000.index.npz"}
+    assert {p.name for p in target.iterdir()} == names
     (target / "train-000001.tar.12345.tmp").write_bytes(b"half a shard of a killed process")
     first = (target / "train-000000.tar").stat()
 

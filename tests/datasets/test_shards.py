@@ -10,7 +10,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from grn_lightning.datasets import shards as shards_module
 from grn_lightning.datasets.manifest import scan_shard
-from grn_lightning.datasets.shards import ShardSet, index_shard, split_name
+from grn_lightning.datasets.shards import ShardSet
+from grn_lightning.datasets.tars import index_shard, split_name
 from tests.shard_files import image_sample, write_split
 
 FIELDS = ("png", "cls", "txt")
