@@ -2,12 +2,14 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from grn_lightning.models.hashes import weights_hash as weights_hash
+from grn_lightning.models.pretrained import clean_names, is_export, read_pretrained
+from grn_lightning.models.pretrained import select as select
 
 EMA_STATE = "ema"
 """Key of the averaged weights in a checkpoint's callback states; see `lit/callbacks/ema.py`."""
@@ -83,7 +85,24 @@ def averaged_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def select(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors below `prefix.`, without it."""
-    start = prefix + "."
-    return {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+def trained_state(
+    path: str | Path, *, weights: Literal["averaged", "last"] = "averaged"
+) -> dict[str, Tensor]:
+    """Return what was trained, under the names of its modules, free of wrappers' names.
+
+    Args:
+        path: A checkpoint, a run folder, or an export.
+        weights: The average where the run kept one, or the weights of the last step; an export
+            has one of them.
+
+    Returns:
+        Tensors named `tokenizer.`, or `generator.` and `text_encoder.`, then as in the module.
+
+    Raises:
+        ValueError: If nothing lies there, or it cannot be read.
+    """
+    if is_export(path):
+        return read_pretrained(path).tensors
+    checkpoint = read_checkpoint(path)
+    is_averaged = weights == "averaged"
+    return clean_names(averaged_state(checkpoint) if is_averaged else checkpoint["state_dict"])
