@@ -50,6 +50,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: If there is none, or the file is not a complete checkpoint.
     """
     file = find_checkpoint(path)
+    if file.suffix in (".json", ".safetensors"):
+        raise ValueError(
+            f"'{file}' is no checkpoint of a run, and without its other file no export either; "
+            "official weights are made one by `grn convert`."
+        )
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

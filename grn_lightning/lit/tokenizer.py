@@ -12,10 +12,16 @@ from torch import Tensor
 
 from grn_lightning.datasets.samples import Batch
 from grn_lightning.lit.base import StageModule, as_config, as_plain
-from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select
+from grn_lightning.lit.checkpoints import (
+    averaged_state,
+    read_checkpoint,
+    select,
+    trained_state,
+)
 from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.metrics.reconstruction import reconstruction_metrics
+from grn_lightning.models.pretrained import is_export, read_pretrained
 from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig, TokenizerOutput
 from grn_lightning.models.variants import TOKENIZERS, get_variant
 
@@ -60,7 +66,7 @@ class LitTokenizer(StageModule):
         loss: Weights of the loss terms.
         optim: Optimizer and schedule.
         init_from: Checkpoint or run folder of another tokenizer run whose averaged weights are
-            the start; null starts from random weights.
+            the start, or an export; null starts from random weights.
         seed: Seed of whatever is random in a step.
     """
 
@@ -103,7 +109,7 @@ class LitTokenizer(StageModule):
             return
         self.tokenizer = HBQTokenizer(self.tokenizer_config)
         if self.init_from is not None:
-            state = averaged_state(read_checkpoint(self.init_from))
+            state = trained_state(self.init_from)
             self.tokenizer.load_state_dict(select(state, "tokenizer"))
 
     def setup(self, stage: str) -> None:
@@ -177,11 +183,13 @@ def load_tokenizer(path: str | Any) -> HBQTokenizer:
     """Return a trained tokenizer with averaged weights, frozen and in eval mode.
 
     Args:
-        path: Checkpoint of a `LitTokenizer`, or the folder of its run.
+        path: Checkpoint of a `LitTokenizer`, the folder of its run, or an export.
 
     Raises:
         ValueError: If there is no checkpoint, or it is one of another kind.
     """
+    if is_export(path):
+        return read_pretrained(path).tokenizer()
     checkpoint = read_checkpoint(path)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
     config = hyper_parameters.get("tokenizer")
