@@ -8,6 +8,10 @@ from grn_lightning.samplers.conditions import expand_rows as expand_rows
 from grn_lightning.samplers.conditions import num_rows as num_rows
 from grn_lightning.samplers.conditions import select_rows as select_rows
 from grn_lightning.samplers.constraints import Constraint as Constraint
+from grn_lightning.samplers.edit import EditConfig as EditConfig
+from grn_lightning.samplers.edit import EditResult as EditResult
+from grn_lightning.samplers.edit import EditStep as EditStep
+from grn_lightning.samplers.edit import edit as edit
 from grn_lightning.samplers.refine import ForwardCount as ForwardCount
 from grn_lightning.samplers.refine import Generator as Generator
 from grn_lightning.samplers.refine import RefineConfig as RefineConfig
@@ -16,3 +20,7 @@ from grn_lightning.samplers.refine import RefineState as RefineState
 from grn_lightning.samplers.refine import Step as Step
 from grn_lightning.samplers.refine import StepInfo as StepInfo
 from grn_lightning.samplers.refine import refine as refine
+from grn_lightning.samplers.trace import ElementMasks as ElementMasks
+from grn_lightning.samplers.trace import SampleTrace as SampleTrace
+from grn_lightning.samplers.trace import Trace as Trace
+from grn_lightning.samplers.trace import element_masks as element_masks

@@ -164,7 +164,8 @@ class _Prompts:
         t = torch.full((len(maps),), step.t, dtype=torch.float32, device=maps.device)
         logits = self.generator(maps, t, condition)
         if step.is_guided:
-            logits = guide(*logits.chunk(2), step.guidance_scale)
+            prompted, unprompted = logits.chunk(2)
+            logits = guide(prompted, unprompted, step.guidance_scale)
         source, edit = logits.chunk(2)
         return source, edit
 
