@@ -7,7 +7,7 @@ devices nor on an interruption.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,8 @@ from grn_lightning.datasets.samples import Batch
 from grn_lightning.functional import (
     Stream,
     accuracy_by_time,
-    codes_to_elements,
     corrupt,
     counter_uniform,
-    element_sizes,
-    elements_to_codes,
     keep_mask,
     logit_normal,
     random_codes,
@@ -34,11 +31,15 @@ from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.tokenizer import Prediction, load_tokenizer
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
-from grn_lightning.models.grn_text import GRNText, GRNTextConfig, TextCondition
+from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.text_encoder import OpenClipTextEncoder, TextEncoderConfig
-from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
+from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
-from grn_lightning.samplers import RefineConfig, RefineResult, refine
+from grn_lightning.pipelines import Condition as Condition
+from grn_lightning.pipelines import GeneratorPipeline
+from grn_lightning.pipelines import target_of as target_of
+from grn_lightning.pipelines.generator import check_text_channels
+from grn_lightning.samplers import RefineConfig, RefineResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,6 @@ class CorruptionConfig:
             raise ValueError("CorruptionConfig: " + "; ".join(issues) + ".")
 
 
-Condition = Tensor | TextCondition
-
-
 def _generator_config(value: Any) -> GRNClassConfig | GRNTextConfig:
     """Resolve a row's name or the plain data of a checkpoint."""
     if isinstance(value, str):
@@ -78,28 +76,6 @@ def _generator_config(value: Any) -> GRNClassConfig | GRNTextConfig:
     if isinstance(value, dict):
         return (GRNClassConfig if "num_classes" in value else GRNTextConfig)(**value)
     return value
-
-
-def target_of(
-    generator: GRNClassConfig | GRNTextConfig, tokenizer: TokenizerConfig
-) -> Literal["index", "bit"]:
-    """Return the form in which a generator predicts the codes of a tokenizer.
-
-    Raises:
-        ValueError: If the sizes fit neither form.
-    """
-    asked = (generator.num_elements, generator.alphabet_size)
-    channels, rounds = tokenizer.latent_channels, tokenizer.num_rounds
-    targets: tuple[Literal["index"], Literal["bit"]] = ("index", "bit")
-    sizes = {t: tuple(element_sizes(channels, num_rounds=rounds, target=t)) for t in targets}
-    for target in targets:
-        if sizes[target] == asked:
-            return target
-    raise ValueError(
-        "the generator's (`num_elements`, `alphabet_size`) must be "
-        f"{sizes['index']} or {sizes['bit']} for a tokenizer of {channels} channels and {rounds} "
-        f"rounds, got {asked}."
-    )
 
 
 class LitGenerator(StageModule):
@@ -176,7 +152,7 @@ class LitGenerator(StageModule):
         if isinstance(self.generator_config, GRNTextConfig):
             assert self.text_config is not None
             self.text_encoder = OpenClipTextEncoder(self.text_config)
-            _check_text_channels(self.generator_config, self.text_encoder)
+            check_text_channels(self.generator_config, self.text_encoder)
             self.generator = GRNText(self.generator_config)
         else:
             self.generator = GRNClass(self.generator_config)
@@ -231,25 +207,20 @@ class LitGenerator(StageModule):
 
     # --- codes and conditions ---------------------------------------------------------------------
 
-    @torch.no_grad()
+    @property
+    def pipeline(self) -> GeneratorPipeline:
+        """The networks as they are now, joined for drawing."""
+        return GeneratorPipeline(
+            self.generator, self.tokenizer, self.text_encoder if self.is_text else None
+        )
+
     def tokenize(self, clips: Tensor) -> Tensor:
         """Map clips `(b, 3, f, h, w)` to the generator's elements `(b, c, *grid)`."""
-        tokenizer = self.tokenizer.to(self.device)
-        codes = tokenizer.tokenize(clips)
-        elements = codes_to_elements(
-            codes, num_rounds=tokenizer.config.num_rounds, target=self.target
-        )
-        return elements if self.is_text else elements.squeeze(2)
+        return self.pipeline.tokenize(clips)
 
-    @torch.no_grad()
     def detokenize(self, elements: Tensor) -> Tensor:
         """Map elements `(b, c, *grid)` to clips `(b, 3, f, h, w)`, clamped to [-1, 1]."""
-        tokenizer = self.tokenizer.to(self.device)
-        codes = elements_to_codes(
-            elements, num_rounds=tokenizer.config.num_rounds, target=self.target
-        )
-        codes = codes if self.is_text else codes.unsqueeze(2)
-        return tokenizer.detokenize(codes).float().clamp(-1, 1)
+        return self.pipeline.detokenize(elements)
 
     def _training_elements(self, batch: Batch) -> Tensor:
         """Elements of a training batch, remembered by key and size if `cache_codes`."""
@@ -278,22 +249,20 @@ class LitGenerator(StageModule):
         if field not in batch:
             option = "with_captions" if self.is_text else "with_classes"
             raise ValueError(f"batches have no {field!r}; set `data.{option}: true`.")
-        if not self.is_text:
-            labels = batch["class_labels"]
-            null = self.generator_config.num_classes  # type: ignore[union-attr]
-            return labels if dropped is None else labels.masked_fill(dropped, null)
-        captions = batch["captions"]
         if dropped is not None:
-            pairs = zip(captions, dropped.tolist(), strict=True)
-            captions = ["" if is_dropped else caption for caption, is_dropped in pairs]
-        return self.text_encoder(self.text_encoder.tokenize(captions).to(self.device))
+            batch = {field: self._drop(batch[field], dropped)}
+        return self.pipeline.condition(batch)
+
+    def _drop(self, values: Any, dropped: Tensor) -> Any:
+        """Replace classes by the null class, captions by the empty text."""
+        if isinstance(self.generator_config, GRNClassConfig):
+            return values.masked_fill(dropped, self.generator_config.num_classes)
+        pairs = zip(values, dropped.tolist(), strict=True)
+        return ["" if is_dropped else caption for caption, is_dropped in pairs]
 
     def null_condition(self, batch_size: int) -> Condition:
         """Return the condition of the unconditional branch: the null class, or the empty text."""
-        if self.is_text:
-            return self.text_encoder(self.text_encoder.tokenize([""] * batch_size).to(self.device))
-        assert isinstance(self.generator, GRNClass)
-        return self.generator.null_condition(batch_size, self.device)
+        return self.pipeline.null_condition(batch_size)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -382,7 +351,6 @@ class LitGenerator(StageModule):
 
     # --- sampling ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def sample(
         self,
         condition: Condition,
@@ -392,28 +360,8 @@ class LitGenerator(StageModule):
         config: RefineConfig,
         seed: int,
     ) -> RefineResult:
-        """Draw one sample per row of a condition.
-
-        Args:
-            condition: From `condition`.
-            sample_index: `(b,)` long: names the noise of each sample.
-            grid: `(f, h, w)` in latents, or `(h, w)` for a `GRNClass`.
-            config: Steps, guidance, temperature.
-            seed: Seed of the job.
-
-        Returns:
-            Elements `(b, c, *grid)` with costs and entropies; `detokenize` makes clips of them.
-        """
-        return refine(
-            self.generator,
-            (self.generator_config.num_elements, *grid),
-            condition=condition,
-            null_condition=self.null_condition(len(sample_index)),
-            sample_index=sample_index,
-            seed=seed,
-            alphabet_size=self.generator_config.alphabet_size,
-            config=config,
-        )
+        """Draw the elements of one sample per row; see `GeneratorPipeline.sample`."""
+        return self.pipeline.sample(condition, sample_index, grid=grid, config=config, seed=seed)
 
     def draw_clips(
         self,
@@ -443,16 +391,7 @@ class LitGenerator(StageModule):
 
     def latent_grid(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Return the grid that clips of this size have; `GRNClass` knows no frames."""
-        grid = self.tokenizer.config.latent_shape(num_frames, height, width)[1:]
-        return grid if self.is_text else grid[1:]
-
-
-def _check_text_channels(config: GRNTextConfig, encoder: OpenClipTextEncoder) -> None:
-    if config.text_channels != encoder.text_channels:
-        raise ValueError(
-            f"`generator.text_channels` must be the text encoder's width {encoder.text_channels}, "
-            f"got {config.text_channels}."
-        )
+        return self.pipeline.latent_grid(num_frames, height, width)
 
 
 def load_generator(path: str | Any, *, tokenizer: str | None = None) -> LitGenerator:
