@@ -28,10 +28,19 @@ Axes: ``b`` batch, ``c`` channels, ``f`` frames, ``h w`` grid, ``l`` sequence, `
 heads, ``e`` head width, ``p`` rotary pairs, ``k`` alphabet, ``m`` rounds.
 """
 
+from grn_lightning.functional.adversarial import adaptive_weight as adaptive_weight
+from grn_lightning.functional.adversarial import discriminator_loss as discriminator_loss
+from grn_lightning.functional.adversarial import generator_loss as generator_loss
+from grn_lightning.functional.adversarial import lecam_penalty as lecam_penalty
+from grn_lightning.functional.adversarial import r1_penalty as r1_penalty
 from grn_lightning.functional.categorical import draw as draw
 from grn_lightning.functional.categorical import entropy as entropy
 from grn_lightning.functional.categorical import log_prob_of as log_prob_of
 from grn_lightning.functional.categorical import log_probs as log_probs
+from grn_lightning.functional.clusters import cluster_members as cluster_members
+from grn_lightning.functional.clusters import gather_member_logits as gather_member_logits
+from grn_lightning.functional.clusters import mask_fine_logits as mask_fine_logits
+from grn_lightning.functional.clusters import member_mask as member_mask
 from grn_lightning.functional.corruption import corrupt as corrupt
 from grn_lightning.functional.corruption import keep_mask as keep_mask
 from grn_lightning.functional.corruption import random_codes as random_codes
@@ -59,6 +68,14 @@ from grn_lightning.functional.lr import lr_multiplier as lr_multiplier
 from grn_lightning.functional.orthogonalize import orthogonalize as orthogonalize
 from grn_lightning.functional.patches import patchify as patchify
 from grn_lightning.functional.patches import unpatchify as unpatchify
+from grn_lightning.functional.quantize import CodeEntropies as CodeEntropies
+from grn_lightning.functional.quantize import fsq_decode as fsq_decode
+from grn_lightning.functional.quantize import fsq_encode as fsq_encode
+from grn_lightning.functional.quantize import fsq_squash as fsq_squash
+from grn_lightning.functional.quantize import sign_decode as sign_decode
+from grn_lightning.functional.quantize import sign_encode as sign_encode
+from grn_lightning.functional.quantize import sign_entropies as sign_entropies
+from grn_lightning.functional.quantize import straight_through as straight_through
 from grn_lightning.functional.random import Stream as Stream
 from grn_lightning.functional.random import counter_uniform as counter_uniform
 from grn_lightning.functional.random import philox_4x32 as philox_4x32
@@ -77,3 +94,4 @@ from grn_lightning.functional.timesteps import SCHEDULES as SCHEDULES
 from grn_lightning.functional.timesteps import logit_normal as logit_normal
 from grn_lightning.functional.timesteps import shift as shift
 from grn_lightning.functional.timesteps import step_grid as step_grid
+from grn_lightning.functional.truncation import truncate_logits as truncate_logits
