@@ -37,6 +37,7 @@ from grn_lightning.functional.categorical import draw as draw
 from grn_lightning.functional.categorical import entropy as entropy
 from grn_lightning.functional.categorical import log_prob_of as log_prob_of
 from grn_lightning.functional.categorical import log_probs as log_probs
+from grn_lightning.functional.categorical import mean_entropy as mean_entropy
 from grn_lightning.functional.clusters import cluster_members as cluster_members
 from grn_lightning.functional.clusters import gather_member_logits as gather_member_logits
 from grn_lightning.functional.clusters import mask_fine_logits as mask_fine_logits
@@ -91,6 +92,7 @@ from grn_lightning.functional.rope import time_token_rotary as time_token_rotary
 from grn_lightning.functional.rope import visual_extent as visual_extent
 from grn_lightning.functional.rope import visual_rotary as visual_rotary
 from grn_lightning.functional.timesteps import SCHEDULES as SCHEDULES
+from grn_lightning.functional.timesteps import bend as bend
 from grn_lightning.functional.timesteps import logit_normal as logit_normal
 from grn_lightning.functional.timesteps import shift as shift
 from grn_lightning.functional.timesteps import step_grid as step_grid
