@@ -7,24 +7,27 @@ An image is a clip of one frame. `1 + 4k` frames become `1 + k` latent frames, a
 knows nothing of later frames. Encoder and decoder run over the whole clip at once (training), or
 over chunks of it with an explicit `StreamCache` (long clips, bounded memory): same result.
 
+The quantizer is a switch (`nn/quantizers.py`): HBQ, or a baseline with the same bits per position.
+
 Different on purpose: mid-block attention is a switch, because published weights exist that were
 trained with it and others that were trained with it bypassed; frames that do not fit the temporal
 stride are refused instead of dropped; a chunk may hold more than one latent frame.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grn_lightning.functional.hbq import MAX_ROUNDS, hbq_decode, hbq_encode, hbq_straight_through
+from grn_lightning.functional.hbq import MAX_ROUNDS, ElementSizes, element_sizes
 from grn_lightning.functional.patches import patchify, unpatchify
 from grn_lightning.models.tokenizer_blocks import Decoder, Encoder, LevelSizes
 from grn_lightning.nn.blocks3d import ChannelNorm, SpatialAttention
 from grn_lightning.nn.conv3d import CausalConv3d, StreamCache, is_first_chunk
 from grn_lightning.nn.mlp import full_precision
+from grn_lightning.nn.quantizers import CodeSizes, QuantizerConfig, build_quantizer
 
 COLOURS = 3
 
@@ -37,6 +40,8 @@ class TokenizerConfig:
     """Channels `d` of the latents."""
     num_rounds: int = 4
     """Binary rounds `M`; a latent channel has `2**M` levels."""
+    quantizer: QuantizerConfig = QuantizerConfig()
+    """Kind of quantizer; every kind gets the `M d` bits per position that HBQ has."""
     encoder_width: int = 160
     """Channels in the encoder per unit of `width_multipliers`."""
     decoder_width: int = 256
@@ -56,7 +61,9 @@ class TokenizerConfig:
         """Refuse impossible sizes, all issues at once."""
         for name in ("width_multipliers", "temporal_downsample"):  # lists, where read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        issues = self._count_issues() or self._shortcut_issues()
+        if isinstance(self.quantizer, Mapping):  # likewise
+            object.__setattr__(self, "quantizer", QuantizerConfig(**self.quantizer))
+        issues = self._count_issues() or self._shortcut_issues() or self._quantizer_issues()
         if issues:
             raise ValueError("TokenizerConfig: " + "; ".join(issues) + ".")
 
@@ -94,6 +101,60 @@ class TokenizerConfig:
             )
         ]
 
+    def _quantizer_issues(self) -> list[str]:
+        try:
+            self.quantizer.sizes(latent_channels=self.latent_channels, num_rounds=self.num_rounds)
+        except ValueError as error:
+            return [str(error).rstrip(".")]
+        return []
+
+    @property
+    def code_sizes(self) -> CodeSizes:
+        """Channels of the latents, and codes per position with their number of values."""
+        return self.quantizer.sizes(
+            latent_channels=self.latent_channels, num_rounds=self.num_rounds
+        )
+
+    @property
+    def latent_width(self) -> int:
+        """Channels of the latents between encoder and decoder; `d` with HBQ."""
+        return self.code_sizes.latent_width
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether there are codes; not without a quantizer."""
+        return self.code_channels > 0
+
+    @property
+    def code_channels(self) -> int:
+        """Codes per position; `d` with HBQ, 0 without a quantizer."""
+        return self.code_sizes.code_channels
+
+    @property
+    def alphabet_size(self) -> int:
+        """Values of a code; `2**M` with HBQ, 0 without a quantizer."""
+        return self.code_sizes.alphabet_size
+
+    @property
+    def bits_per_position(self) -> float:
+        """Bits of the codes of a position; `M d` with HBQ, infinite without a quantizer."""
+        return self.code_sizes.num_bits
+
+    def element_sizes(self, target: str) -> ElementSizes:
+        """Return what a generator predicts per position: codes ("index"), or bits of HBQ ("bit").
+
+        Raises:
+            ValueError: If the target is unknown, or asks for bits or codes that there are not.
+        """
+        if self.quantizer.name == "hbq":
+            return element_sizes(self.latent_channels, num_rounds=self.num_rounds, target=target)
+        if target == "index" and self.has_codes:
+            return ElementSizes(self.code_channels, self.alphabet_size)
+        raise ValueError(
+            f"a tokenizer with quantizer {self.quantizer.name!r} has no elements of target "
+            f"{target!r}; codes of the others are predicted as 'index', bits are those of 'hbq'."
+        )
+
     @property
     def encoder_levels(self) -> list[LevelSizes]:
         """Sizes of the encoder's levels, finest first."""
@@ -118,7 +179,9 @@ class TokenizerConfig:
         return 2 ** sum(self.temporal_downsample)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return the shape `(d, f', h', w')` of the latents, and codes, of one clip.
+        """Return the shape `(d, f', h', w')` of the latents, and HBQ codes, of one clip.
+
+        With another quantizer the first number is `latent_width`; codes have `code_channels`.
 
         Args:
             num_frames: Frames, `1 + temporal_stride * k`; 1 for an image.
@@ -136,7 +199,7 @@ class TokenizerConfig:
                 "resize or crop the frames first."
             )
         num_latents = 1 + (num_frames - 1) // self.temporal_stride
-        return self.latent_channels, num_latents, height // stride, width // stride
+        return self.latent_width, num_latents, height // stride, width // stride
 
 
 def _level_sizes(widths: list[int], is_temporal: tuple[bool, ...]) -> list[LevelSizes]:
@@ -169,9 +232,13 @@ class TokenizerOutput(NamedTuple):
     reconstruction: Tensor
     """Decoded clips `(b, 3, f, h, w)`, about [-1, 1], not clamped."""
     z: Tensor
-    """Latents `(b, d, f', h', w')` in (-1, 1)."""
+    """Latents `(b, d, f', h', w')`, with HBQ in (-1, 1)."""
     z_hat: Tensor
     """Quantized latents, with the gradient of `z`."""
+    auxiliary_loss: Tensor | None = None
+    """Weighted terms that the quantizer asks to be added to the loss, a scalar; none with HBQ."""
+    auxiliary_terms: Mapping[str, Tensor] = {}
+    """The same by name, to be logged."""
 
 
 class HBQTokenizer(nn.Module):
@@ -187,7 +254,7 @@ class HBQTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        d, pixels = config.latent_channels, COLOURS * config.patch_size**2
+        d, pixels = config.latent_width, COLOURS * config.patch_size**2
         use_attention = config.use_mid_attention
         self.encoder = Encoder(
             pixels,
@@ -197,6 +264,11 @@ class HBQTokenizer(nn.Module):
             use_mid_attention=use_attention,
         )
         self.conv1 = nn.Conv3d(2 * d, 2 * d, 1)
+        self.quantizer = build_quantizer(
+            config.quantizer,
+            latent_channels=config.latent_channels,
+            num_rounds=config.num_rounds,
+        )
         self.conv2 = nn.Conv3d(d, d, 1)
         self.decoder = Decoder(
             d,
@@ -216,6 +288,7 @@ class HBQTokenizer(nn.Module):
         | past taps of 3x3x3 kernels    | 0                                         |
         | attention projection, weight  | 0 (its bias is as above)                  |
         | norms                         | 1                                         |
+        | codebooks (VQ only)           | random unit vectors                       |
 
         A new network thus reads every frame by itself, and one trained on images continues on
         clips from what it knows: past taps that were never trained would be noise.
@@ -230,6 +303,7 @@ class HBQTokenizer(nn.Module):
         for module in self.modules():
             if isinstance(module, SpatialAttention):
                 nn.init.zeros_(module.proj.weight)
+        self.quantizer.init_weights()
 
     def forward(self, clips: Tensor) -> TokenizerOutput:
         """Encode, quantize with a straight-through gradient, decode.
@@ -238,13 +312,14 @@ class HBQTokenizer(nn.Module):
             clips: `(b, 3, f, h, w)` in [-1, 1]; see `TokenizerConfig.latent_shape` for the sizes.
         """
         z = self.encode(clips)
-        z_hat = hbq_straight_through(z, num_rounds=self.config.num_rounds)
-        return TokenizerOutput(self.decode(z_hat), z, z_hat)
+        z_hat, losses = self.quantizer(z)
+        auxiliary = torch.stack([*losses.values()]).sum() if losses else None
+        return TokenizerOutput(self.decode(z_hat), z, z_hat, auxiliary, losses)
 
     # ------------------------------------------------------------------ whole clips
 
     def encode(self, clips: Tensor) -> Tensor:
-        """Return the latents `(b, d, f', h', w')` in (-1, 1) of `clips` `(b, 3, f, h, w)`.
+        """Return the latents `(b, d, f', h', w')` of `clips` `(b, 3, f, h, w)`; HBQ's in (-1, 1).
 
         Raises:
             ValueError: If the shape does not fit (`TokenizerConfig.latent_shape`).
@@ -260,13 +335,26 @@ class HBQTokenizer(nn.Module):
         return self._decode(z_hat, None)
 
     def quantize(self, z: Tensor) -> Tensor:
-        """Return the codes, long in `[0, 2**M)`, of latents; same shape."""
-        return hbq_encode(z, num_rounds=self.config.num_rounds)
+        """Return the codes, long, of latents; with HBQ in `[0, 2**M)` and of the same shape.
+
+        Raises:
+            ValueError: If the tokenizer has no quantizer.
+        """
+        return self.quantizer.encode(z)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Return the latents, in the type of the weights, that `codes` stand for; same shape."""
-        z_hat = hbq_decode(codes, num_rounds=self.config.num_rounds)
-        return z_hat.to(self.conv2.weight.dtype)
+        """Return the latents, in the type of the weights, that `codes` stand for.
+
+        Raises:
+            ValueError: If the codes are not those of this tokenizer, or it has no quantizer.
+        """
+        channels = self.config.code_channels
+        if channels and codes.shape[1] != channels:
+            raise ValueError(
+                f"latents and codes must be of shape (b, {channels}, f, h, w), got "
+                f"{tuple(codes.shape)}; they must come from a tokenizer with as many codes."
+            )
+        return self.quantizer.decode(codes).to(self.conv2.weight.dtype)
 
     @torch.no_grad()
     def tokenize(self, clips: Tensor, *, chunk_size: int | None = None) -> Tensor:
@@ -277,7 +365,10 @@ class HBQTokenizer(nn.Module):
             chunk_size: Latent frames per chunk; None encodes the whole clip at once.
 
         Returns:
-            Codes `(b, d, f', h', w')`, long in `[0, 2**M)`.
+            Codes `(b, c, f', h', w')`, long; with HBQ `c = d` and in `[0, 2**M)`.
+
+        Raises:
+            ValueError: If the shape does not fit, or the tokenizer has no quantizer.
         """
         with full_precision(clips.device):
             clips = clips.to(self.conv1.weight.dtype)
@@ -289,7 +380,7 @@ class HBQTokenizer(nn.Module):
         """Return the clips that `codes` stand for, not clamped.
 
         Args:
-            codes: `(b, d, f', h', w')` in `[0, 2**M)`.
+            codes: `(b, c, f', h', w')`, as `tokenize` returns them.
             chunk_size: Latent frames per chunk; None decodes the whole clip at once.
 
         Returns:
@@ -370,10 +461,10 @@ class HBQTokenizer(nn.Module):
         patches = patchify(clips, patch_size=self.config.patch_size)
         x = self.encoder(patches.contiguous(memory_format=torch.channels_last_3d), cache)
         mean, _unused = self.conv1(x).chunk(2, dim=1)  # the published weights have both halves
-        return mean.contiguous().tanh()
+        return self.quantizer.squash(mean.contiguous())
 
     def _decode(self, z_hat: Tensor, cache: StreamCache | None) -> Tensor:
-        d = self.config.latent_channels
+        d = self.config.latent_width
         if z_hat.ndim != 5 or z_hat.shape[1] != d:
             raise ValueError(
                 f"latents and codes must be of shape (b, {d}, f, h, w), got {tuple(z_hat.shape)}; "
