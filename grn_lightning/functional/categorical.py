@@ -8,11 +8,19 @@ infinite logit has no distribution, and its results are NaN or arbitrary.
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 _LARGEST = torch.finfo(torch.float32).max
+_LARGE_ODDS = 1e4  # log-odds at which float32 has long had a probability of 0
 _BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1
+
+
+def _from_the_top(logits: Tensor) -> Tensor:
+    """Return finite or -inf logits, float32 and contiguous, the largest of each row at 0."""
+    logits = logits.float().clamp(max=_LARGEST).contiguous()
+    return logits - logits.amax(-1, keepdim=True)
 
 
 def log_probs(
@@ -32,21 +40,22 @@ def log_probs(
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
-    logits = logits.float().clamp(max=_LARGEST)
     # The largest logit goes to 0 before the division, which could otherwise make two infinities
     # of different logits.
-    logits = logits - logits.amax(-1, keepdim=True)
-    return torch.log_softmax(logits / temperature, dim=-1)
+    return torch.log_softmax(_from_the_top(logits) / temperature, dim=-1)
 
 
-def _draw_bit(logits: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Draw from two values: 1 unless ``u`` is below the probability of 0."""
+def _difference_of_two(logits: Tensor) -> Tensor:
+    """Return the log-odds of the first of two values, never NaN where one logit is finite."""
     logits = logits.float().clamp(max=_LARGEST)
-    return (u >= torch.sigmoid((logits[..., 0] - logits[..., 1]) / temperature)).long()
+    return logits[..., 0] - logits[..., 1]
 
 
 def draw(
-    logits: Float[Tensor, "*shape k"], u: Float[Tensor, "*shape"], *, temperature: float = 1.0
+    logits: Float[Tensor, "*shape k"],
+    u: Float[Tensor, "*shape"],
+    *,
+    temperature: float | Float[Tensor, " b"] = 1.0,
 ) -> Int[Tensor, "*shape"]:
     """Draw one value per row by inverting the cumulative distribution at ``u``.
 
@@ -57,7 +66,8 @@ def draw(
         logits: Unnormalized log-probabilities.
         u: Uniform numbers in [0, 1), one per row.
         temperature: Divides the logits; 0 means greedy, the most probable value whatever ``u`` is
-            (which one of several equal ones is up to the device).
+            (which one of several equal ones is up to the device). A tensor has one for each entry
+            of the first axis, positive; it is not looked at, which a GPU would have to wait for.
 
     Returns:
         Values in ``[0, k)``, long.
@@ -70,14 +80,18 @@ def draw(
         >>> draw(logits, torch.tensor([0.1, 0.3, 0.6, 0.8]))
         tensor([0, 1, 1, 2])
     """
-    if not temperature >= 0:
+    if isinstance(temperature, Tensor):
+        temperature = temperature.float().view(-1, *[1] * (u.ndim - 1))
+    elif not temperature >= 0:
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {temperature}.")
-    if temperature == 0:
+    elif temperature == 0:
         return logits.argmax(-1)
     u = u.float().clamp(max=_BELOW_ONE)  # a float64 number may round up to 1
     if logits.shape[-1] == 2:
-        return _draw_bit(logits, u, temperature)
-    cumulative = log_probs(logits, temperature=temperature).exp().cumsum(-1)
+        return (u >= torch.sigmoid(_difference_of_two(logits) / temperature)).long()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.unsqueeze(-1)
+    cumulative = (_from_the_top(logits) / temperature).exp_().cumsum(-1)
     threshold = u.unsqueeze(-1) * cumulative[..., -1:]  # below the last entry: no draw overshoots
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1)  # NaN logits must not become an invalid index
@@ -120,6 +134,36 @@ def entropy(logits: Float[Tensor, "*shape k"]) -> Float[Tensor, "*shape"]:
         >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -math.inf]]))
         tensor([1., 0.])
     """
-    # entr(p) = -p log p with entr(0) = 0; p * log p would be NaN there.
-    nats = torch.special.entr(log_probs(logits).exp()).sum(-1)
-    return (nats / math.log(logits.shape[-1])).clamp(0, 1)
+    num_values = logits.shape[-1]
+    if num_values == 2:
+        # H = log(1 + e^-d) + d p of the less likely one, whose probability is p = 1 / (1 + e^d).
+        d = _difference_of_two(logits).abs().clamp(max=_LARGE_ODDS)
+        nats = F.softplus(-d) + d * torch.sigmoid(-d)
+    else:
+        top = _from_the_top(logits)
+        weights = top.exp()
+        total = weights.sum(-1)
+        # H = log Z - sum(w log w) / Z. A weight of 0 adds 0, where 0 * -inf would be NaN.
+        nats = total.log() - (weights * top.clamp(min=-_LARGE_ODDS)).sum(-1) / total
+    return (nats / math.log(num_values)).clamp(0, 1)
+
+
+def mean_entropy(logits: Float[Tensor, "b *shape k"]) -> Float[Tensor, " b"]:
+    """Return the mean of `entropy` over all elements of each sample.
+
+    Entropies are rounded to multiples of ``2**-24`` and added in float64, which is exact for up to
+    ``2**29`` of them: the mean does not depend on the order of addition, and with it not on the
+    size of the batch. Decisions can be built on it.
+
+    Args:
+        logits: Unnormalized log-probabilities; at least two values.
+
+    Returns:
+        Means in [0, 1], float32.
+
+    Example:
+        >>> mean_entropy(torch.tensor([[[0.0, 0.0], [0.0, -math.inf]]]))
+        tensor([0.5000])
+    """
+    steps = entropy(logits).mul_(2.0**24).round_().flatten(1)
+    return (steps.sum(1, dtype=torch.float64) / (2.0**24 * steps.shape[1])).float()
