@@ -1,10 +1,11 @@
-"""Text encoders: the text towers of open_clip, read before pooling.
+"""Text encoders: what all of them offer, and the text towers of open_clip, read before pooling.
 
 A generator wants one feature per token. Everything here works offline: weights come from local
-files, never from a download.
+files, never from a download. The encoder of the official text-conditional weights is in `umt5.py`.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import open_clip
@@ -12,9 +13,11 @@ import torch
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from grn_lightning.functional.rope import NUM_TEXT_POSITIONS
 from grn_lightning.models.grn_text import TextCondition
 
 TINY = "tiny"
+UMT5 = "umt5"
 LOCAL_DIR = "local-dir:"
 
 
@@ -24,15 +27,22 @@ class TextEncoderConfig:
 
     Attributes:
         architecture: "tiny"; an open_clip name such as "ViT-L-14-quickgelu" (the weights of
-            OpenAI need the "-quickgelu" names); or "local-dir:FOLDER", where the folder holds
-            `open_clip_config.json` and weights.
-        checkpoint: File with open_clip weights of both towers (`.pt`, `.safetensors`); needed
-            with an open_clip name, and with nothing else.
-        context_length: Tokens per caption; None means 16 for "tiny", else what the tower was
-            trained with. Shorter is possible with causal towers, and exact.
+            OpenAI need the "-quickgelu" names); "local-dir:FOLDER", where the folder holds
+            `open_clip_config.json` and weights; or "umt5", the encoder of the official
+            text-conditional weights.
+        checkpoint: File with open_clip weights of both towers (`.pt`, `.safetensors`), needed
+            with an open_clip name; or the file of the UMT5 encoder, needed with "umt5".
+        context_length: Tokens per caption; None means 16 for "tiny", 512 for "umt5", else what the
+            tower was trained with. Shorter is possible with causal towers, and exact; "umt5" cuts
+            longer captions.
         width: Width of the "tiny" tower.
         layers: Number of blocks of the "tiny" tower.
         heads: Number of heads of the "tiny" tower.
+        tokenizer: Folder of the tokenizer of "umt5".
+        device: Where "umt5" computes; its weights never follow the generator.
+        feature_cache: Folder in which "umt5" keeps features for other runs; None keeps them in
+            memory only.
+        keep_loaded: Whether "umt5" stays in memory after it has met new captions.
     """
 
     architecture: str = TINY
@@ -41,30 +51,82 @@ class TextEncoderConfig:
     width: int = 64
     layers: int = 2
     heads: int = 2
+    tokenizer: str | None = None
+    device: str = "cpu"
+    feature_cache: str | None = None
+    keep_loaded: bool = True
 
     def __post_init__(self) -> None:
-        issues = []
+        issues = self._umt5_issues()
         if self.context_length is not None and self.context_length < 2:
             issues.append(
                 f"context_length must be at least 2 (start and end), got {self.context_length}"
             )
         if self.width % self.heads:
             issues.append(f"heads must divide width = {self.width}, got {self.heads}")
-        is_open_clip = self.architecture != TINY and not self.architecture.startswith(LOCAL_DIR)
-        if is_open_clip and self.checkpoint is None:
+        is_local = self.architecture == TINY or self.architecture.startswith(LOCAL_DIR)
+        if not is_local and self.checkpoint is None:
             issues.append(
                 f"architecture {self.architecture!r} needs a checkpoint: the path of a local file "
                 "with its weights (random text features are of use with 'tiny' only)"
             )
-        if not is_open_clip and self.checkpoint is not None:
+        if is_local and self.checkpoint is not None:
             issues.append(
                 f"architecture {self.architecture!r} takes no checkpoint, got {self.checkpoint!r}"
             )
         if issues:
             raise ValueError("TextEncoderConfig: " + "; ".join(issues) + ".")
 
+    def _umt5_issues(self) -> list[str]:
+        if self.architecture == UMT5:
+            issues = []
+            if self.tokenizer is None:
+                issues.append("architecture 'umt5' needs tokenizer: the folder of its tokenizer")
+            if (self.context_length or 1) > NUM_TEXT_POSITIONS:
+                issues.append(
+                    f"context_length must be at most {NUM_TEXT_POSITIONS} with 'umt5', "
+                    f"got {self.context_length}"
+                )
+            return issues
+        return [
+            f"{name} is for architecture 'umt5' only, got {value!r} with {self.architecture!r}"
+            for name in ("tokenizer", "device", "feature_cache", "keep_loaded")
+            if (value := getattr(self, name)) != getattr(TextEncoderConfig, name)
+        ]
 
-class OpenClipTextEncoder(nn.Module):
+
+class TextEncoder(nn.Module, ABC):
+    """Captions to token features with mask: `encoder(encoder.tokenize(captions))`."""
+
+    @property
+    @abstractmethod
+    def text_channels(self) -> int:
+        """Width of the features."""
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int:
+        """Number of tokens `l` of every caption, padding included."""
+
+    @abstractmethod
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Turn captions into tokens `(b, l)`."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor) -> TextCondition:
+        """Compute features of tokens `(b, l)`."""
+
+
+def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """Return the encoder that a configuration names."""
+    if config.architecture == UMT5:
+        from grn_lightning.models.umt5 import UMT5TextEncoder  # it builds on this file
+
+        return UMT5TextEncoder(config)
+    return OpenClipTextEncoder(config)
+
+
+class OpenClipTextEncoder(TextEncoder):
     """Captions to token features with mask.
 
     "tiny" is a small causal transformer over the CLIP vocabulary, made to be trained together
@@ -174,8 +236,8 @@ def _refuse_unknown(name: str, checkpoint: str | None) -> None:
             raise ValueError(f"architecture {name!r}: no file open_clip_config.json in {folder}.")
     elif name not in open_clip.list_models():
         raise ValueError(
-            f"unknown architecture {name!r}; known are {TINY!r}, '{LOCAL_DIR}FOLDER' and the names "
-            "that open_clip.list_models() returns."
+            f"unknown architecture {name!r}; known are {TINY!r}, {UMT5!r}, '{LOCAL_DIR}FOLDER' and "
+            "the names that open_clip.list_models() returns."
         )
     elif not Path(str(checkpoint)).is_file():
         raise ValueError(
