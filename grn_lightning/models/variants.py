@@ -106,13 +106,16 @@ GRN_CLASS: dict[str, GRNClassConfig] = {
 }
 
 # Text-conditional, for bits of the 64-channel tokenizer and UMT5-XXL features of 4096 channels.
-# "8b" is the second of two published definitions (the one that takes effect), and came with "full"
-# attention. "digits-t2v": 48 bits, features of the "tiny" text encoder.
+# The largest was defined twice: "8b" is the definition that takes effect, and came with "full"
+# attention; in "8b-grouped" four query heads share a key head. The rows of `k_proj` tell which of
+# them a file is, 4096 or 1024. "digits-t2v": 48 bits, features of the "tiny" text encoder.
+_GROUPED = {"num_kv_heads": 8}
 _TINY_TEXT = {"text_channels": 64}
 GRN_TEXT: dict[str, GRNTextConfig] = {
     #                       elements  depth width heads  mlp  per chunk  attention
     "0b":         _grn_text((256, 2), ( 4,   512,  4),  1792,         2, "prefix"),
     "2b":         _grn_text((256, 2), (28,  2304, 18),  8192,         4, "prefix"),
     "8b":         _grn_text((256, 2), (36,  4096, 32), 12288,         6, "full"),
+    "8b-grouped": _grn_text((256, 2), (36,  4096, 32), 16384,         6, "full", **_GROUPED),
     "digits-t2v": _grn_text(( 48, 2), ( 6,   128,  4),   384,         2, "prefix", **_TINY_TEXT),
 }

@@ -30,6 +30,7 @@ TEXT_SIZES = {
     "0b": (18_227_200, 18_227_200, 55),
     "2b": (2_197_832_448, 2_197_832_448, 319),
     "8b": (7_890_859_520, 7_890_859_520, 407),
+    "8b-grouped": (8_796_829_184, 8_796_829_184, 407),
 }
 
 
@@ -62,9 +63,31 @@ def test_text_conditional_generators_for_indices_have_the_published_size(name, s
     assert sizes_of(GRNText, config)[0] == size
 
 
-def test_class_conditional_generators_for_512_pixels_have_the_published_size():
-    config = dataclasses.replace(GRN_CLASS["B-index"], grid_size=(32, 32))
-    assert sizes_of(GRNClass, config)[0] == 131_450_880
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("B", 131_450_880), ("L", 459_335_904), ("H", 953_038_144), ("G", 2_007_850_384)],
+)
+def test_class_conditional_generators_for_512_pixels_have_the_published_size(name, size):
+    config = dataclasses.replace(GRN_CLASS[f"{name}-index"], grid_size=(32, 32))
+    assert sizes_of(GRNClass, config)[0] == size
+
+
+def test_a_tokenizer_of_256_channels_has_the_published_size():
+    config = dataclasses.replace(TOKENIZERS["image-16d"], latent_channels=256)
+    assert sizes_of(HBQTokenizer, config) == (717_945_132, 717_945_132, 196)
+
+
+def test_bypassed_attention_keeps_its_tensors():
+    """Weights of either kind load into the other; which one is meant is a switch."""
+    config = dataclasses.replace(TOKENIZERS["joint-64d"], use_mid_attention=False)
+    assert sizes_of(HBQTokenizer, config) == (705_693_036, 705_693_036 - 5_841_024, 196)
+
+
+def test_the_two_definitions_of_the_largest_differ_in_keys_and_feed_forward():
+    one, two = GRN_TEXT["8b"], GRN_TEXT["8b-grouped"]
+    assert [config.key_heads * config.head_dim for config in (one, two)] == [4096, 1024]
+    differing = dataclasses.replace(two, num_kv_heads=None, mlp_width=one.mlp_width)
+    assert differing == one
 
 
 def test_every_published_row_is_counted():
