@@ -16,18 +16,24 @@ stride are refused instead of dropped; a chunk may hold more than one latent fra
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grn_lightning.functional.hbq import MAX_ROUNDS, ElementSizes, element_sizes
+from grn_lightning.functional.hbq import (
+    MAX_ROUNDS,
+    ElementSizes,
+    element_sizes,
+    hbq_decode,
+    hbq_encode,
+)
 from grn_lightning.functional.patches import patchify, unpatchify
 from grn_lightning.models.tokenizer_blocks import Decoder, Encoder, LevelSizes
 from grn_lightning.nn.blocks3d import ChannelNorm, SpatialAttention
 from grn_lightning.nn.conv3d import CausalConv3d, StreamCache, is_first_chunk
 from grn_lightning.nn.mlp import full_precision
-from grn_lightning.nn.quantizers import CodeSizes, QuantizerConfig, build_quantizer
+from grn_lightning.nn.quantizers import NO_CODES, CodeSizes, QuantizerConfig, build_quantizer
 
 COLOURS = 3
 
@@ -121,6 +127,11 @@ class TokenizerConfig:
         return self.code_sizes.latent_width
 
     @property
+    def has_rounds(self) -> bool:
+        """Whether latents lie in (-1, 1) and can be decoded from any number of binary rounds."""
+        return self.quantizer.name in ("hbq", "none")
+
+    @property
     def has_codes(self) -> bool:
         """Whether there are codes; not without a quantizer."""
         return self.code_channels > 0
@@ -140,20 +151,31 @@ class TokenizerConfig:
         """Bits of the codes of a position; `M d` with HBQ, infinite without a quantizer."""
         return self.code_sizes.num_bits
 
-    def element_sizes(self, target: str) -> ElementSizes:
-        """Return what a generator predicts per position: codes ("index"), or bits of HBQ ("bit").
+    @property
+    def targets(self) -> tuple[Literal["index", "bit"], ...]:
+        """Forms in which a generator can predict the codes; bits are those of HBQ.
 
         Raises:
-            ValueError: If the target is unknown, or asks for bits or codes that there are not.
+            ValueError: If there are no codes.
         """
-        if self.quantizer.name == "hbq":
-            return element_sizes(self.latent_channels, num_rounds=self.num_rounds, target=target)
-        if target == "index" and self.has_codes:
+        if not self.has_codes:
+            raise ValueError(NO_CODES)
+        return ("index", "bit") if self.quantizer.name == "hbq" else ("index",)
+
+    def element_sizes(self, target: str) -> ElementSizes:
+        """Return what a generator predicts per position, and out of how many values each.
+
+        Raises:
+            ValueError: If the target is none of `targets`.
+        """
+        if target not in self.targets:
+            raise ValueError(
+                f"codes of quantizer {self.quantizer.name!r} are predicted as "
+                f"{' or '.join(map(repr, self.targets))}, got {target!r}."
+            )
+        if target == "index":
             return ElementSizes(self.code_channels, self.alphabet_size)
-        raise ValueError(
-            f"a tokenizer with quantizer {self.quantizer.name!r} has no elements of target "
-            f"{target!r}; codes of the others are predicted as 'index', bits are those of 'hbq'."
-        )
+        return element_sizes(self.latent_channels, num_rounds=self.num_rounds, target=target)
 
     @property
     def encoder_levels(self) -> list[LevelSizes]:
@@ -355,6 +377,26 @@ class HBQTokenizer(nn.Module):
                 f"{tuple(codes.shape)}; they must come from a tokenizer with as many codes."
             )
         return self.quantizer.decode(codes).to(self.conv2.weight.dtype)
+
+    def quantize_rounds(self, z: Tensor, *, num_rounds: int) -> Tensor:
+        """Return latents as they are after `num_rounds` binary rounds, to be decoded.
+
+        With fewer rounds than the tokenizer was trained with this is a coarse preview; with more
+        the rounds go on halving, and show what the decoder would do with more bits.
+
+        Args:
+            z: Latents `(b, d, f', h', w')` in (-1, 1).
+            num_rounds: Rounds, 1 to 16.
+
+        Raises:
+            ValueError: If the quantizer has no rounds, or `num_rounds` is out of range.
+        """
+        if not self.config.has_rounds:
+            raise ValueError(
+                f"quantizer {self.config.quantizer.name!r} has no binary rounds to be decoded one "
+                "by one; only 'hbq' and 'none' do."
+            )
+        return hbq_decode(hbq_encode(z, num_rounds=num_rounds), num_rounds=num_rounds).to(z.dtype)
 
     @torch.no_grad()
     def tokenize(self, clips: Tensor, *, chunk_size: int | None = None) -> Tensor:

@@ -58,6 +58,13 @@ _USERS = {  # settings that not every quantizer has
 }
 
 
+NO_CODES = (
+    "a tokenizer with quantizer 'none' has continuous latents and no codes; use encode and decode, "
+    "but for codes train one with quantizer 'hbq'."
+)
+"""Why whatever needs codes is refused."""
+
+
 class CodeSizes(NamedTuple):
     """What a quantizer makes of a budget of bits, per position."""
 
@@ -67,6 +74,9 @@ class CodeSizes(NamedTuple):
     """Codes; 0 if there are none."""
     alphabet_size: int
     """Values of a code; 0 if there are none."""
+    num_rounds: int
+    """Bits of a code that mean something, most significant first; 0 where codes have no order, or
+    their values are no power of two."""
 
     @property
     def num_bits(self) -> float:
@@ -134,11 +144,11 @@ class QuantizerConfig:
         """
         num_bits = num_rounds * latent_channels
         if self.name == "none":
-            return CodeSizes(latent_channels, 0, 0)
+            return CodeSizes(latent_channels, 0, 0, 0)
         if self.name == "hbq":
-            return CodeSizes(latent_channels, latent_channels, 2**num_rounds)
+            return CodeSizes(latent_channels, latent_channels, 2**num_rounds, num_rounds)
         if self.name in _SIGNS:
-            return CodeSizes(num_bits, num_bits, 2)
+            return CodeSizes(num_bits, num_bits, 2, 1)
         if self.name == "fsq":
             channels = int(num_bits / math.log2(self.num_levels)) + 1
             while self.num_levels**channels > 2**num_bits:
@@ -148,14 +158,17 @@ class QuantizerConfig:
                     f"num_levels={self.num_levels} do not fit into the {num_bits} bits of a "
                     f"position; take at most {2**num_bits} levels, or more latent_channels."
                 )
-            return CodeSizes(channels, channels, self.num_levels)
+            length = self.num_levels.bit_length() - 1
+            num_rounds = length if self.num_levels == 2**length else 0
+            return CodeSizes(channels, channels, self.num_levels, num_rounds)
         num_codebooks, rest = divmod(num_bits, self.codebook_bits)
         if rest:
             raise ValueError(
                 f"the {num_bits} bits of a position do not divide into codebooks of "
                 f"codebook_bits={self.codebook_bits}; take a divisor of {num_bits}."
             )
-        return CodeSizes(num_codebooks * self.codeword_width, num_codebooks, 2**self.codebook_bits)
+        width = num_codebooks * self.codeword_width
+        return CodeSizes(width, num_codebooks, 2**self.codebook_bits, 0)
 
 
 class Quantized(NamedTuple):
@@ -216,21 +229,15 @@ class Continuous(Quantizer):
 
     def encode(self, z: Tensor) -> Tensor:
         """Refuse."""
-        raise ValueError(_NO_CODES)
+        raise ValueError(NO_CODES)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Refuse."""
-        raise ValueError(_NO_CODES)
+        raise ValueError(NO_CODES)
 
     def forward(self, z: Tensor) -> Quantized:
         """Pass latents through."""
         return Quantized(z, {})
-
-
-_NO_CODES = (
-    "a tokenizer with quantizer 'none' has continuous latents and no codes; use encode and decode, "
-    "but for codes train one with quantizer 'hbq'."
-)
 
 
 class FiniteScalars(Quantizer):
