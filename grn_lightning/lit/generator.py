@@ -32,7 +32,11 @@ from grn_lightning.lit.tokenizer import Prediction, load_tokenizer
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
-from grn_lightning.models.text_encoder import OpenClipTextEncoder, TextEncoderConfig
+from grn_lightning.models.text_encoder import (
+    TextEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+)
 from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
 from grn_lightning.pipelines import Condition as Condition
@@ -97,7 +101,7 @@ class LitGenerator(StageModule):
     averaged = ("generator", "text_encoder")
     tokenizer: HBQTokenizer
     generator: GRNText | GRNClass
-    text_encoder: OpenClipTextEncoder
+    text_encoder: TextEncoder
 
     def __init__(
         self,
@@ -151,7 +155,7 @@ class LitGenerator(StageModule):
         self.target = target_of(self.generator_config, tokenizer.config)
         if isinstance(self.generator_config, GRNTextConfig):
             assert self.text_config is not None
-            self.text_encoder = OpenClipTextEncoder(self.text_config)
+            self.text_encoder = build_text_encoder(self.text_config)
             check_text_channels(self.generator_config, self.text_encoder)
             self.generator = GRNText(self.generator_config)
         else:

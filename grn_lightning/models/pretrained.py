@@ -29,7 +29,11 @@ from torch import Tensor, nn
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.hashes import tensors_hash, weights_hash
-from grn_lightning.models.text_encoder import OpenClipTextEncoder, TextEncoderConfig
+from grn_lightning.models.text_encoder import (
+    TextEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+)
 from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
 
 FORMAT_VERSION = 1
@@ -294,7 +298,7 @@ class Pretrained:
             raise ValueError(f"'{self.file}' is an export of a generator, not of a tokenizer.")
         return network
 
-    def text_encoder(self) -> OpenClipTextEncoder | None:
+    def text_encoder(self) -> TextEncoder | None:
         """Return the text encoder that a generator was trained with, if it is known.
 
         A trained one is part of the export; a frozen one is built from its own files.
@@ -306,7 +310,7 @@ class Pretrained:
         if data is None:
             return None
         config = self._config(TextEncoderConfig, data)
-        encoder = OpenClipTextEncoder(config)
+        encoder = build_text_encoder(config)
         if tensors := select(self.tensors, "text_encoder"):
             encoder.load_state_dict(tensors)
         elif (found := weights_hash(encoder)) != self.info.get("text_encoder_hash", found):

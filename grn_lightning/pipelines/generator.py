@@ -23,7 +23,7 @@ from grn_lightning.functional import codes_to_elements, element_sizes, elements_
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import FirstFrameCondition, GRNText, GRNTextConfig
 from grn_lightning.models.hashes import weights_hash
-from grn_lightning.models.text_encoder import OpenClipTextEncoder
+from grn_lightning.models.text_encoder import TextEncoder
 from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
 from grn_lightning.pipelines.conditions import Condition, prepare_text, with_first_frame
 from grn_lightning.samplers import ForwardCount, RefineConfig, RefineResult, StepInfo, refine
@@ -70,7 +70,7 @@ def target_of(
     )
 
 
-def check_text_channels(config: GRNTextConfig, encoder: OpenClipTextEncoder) -> None:
+def check_text_channels(config: GRNTextConfig, encoder: TextEncoder) -> None:
     """Refuse a text encoder of another width than the generator reads.
 
     Raises:
@@ -98,7 +98,7 @@ class GeneratorPipeline:
     """Predicts all elements of a map from a corrupted one."""
     tokenizer: HBQTokenizer
     """Whose codes the generator knows."""
-    text_encoder: OpenClipTextEncoder | None = None
+    text_encoder: TextEncoder | None = None
     """Reads the captions of a `GRNText`."""
     sampling: RefineConfig = field(default_factory=RefineConfig)
     """Steps, guidance and temperature where nothing else is asked for."""
