@@ -66,6 +66,8 @@ from grn_lightning.functional.losses import accuracy_by_time as accuracy_by_time
 from grn_lightning.functional.losses import token_accuracy as token_accuracy
 from grn_lightning.functional.losses import token_cross_entropy as token_cross_entropy
 from grn_lightning.functional.lr import lr_multiplier as lr_multiplier
+from grn_lightning.functional.masks import feather as feather
+from grn_lightning.functional.masks import latent_mask as latent_mask
 from grn_lightning.functional.orthogonalize import orthogonalize as orthogonalize
 from grn_lightning.functional.patches import patchify as patchify
 from grn_lightning.functional.patches import unpatchify as unpatchify
