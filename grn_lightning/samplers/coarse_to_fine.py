@@ -167,7 +167,7 @@ def draw_raster(
     for i, scale in enumerate(scales):
         if is_guided and i == num_guided:  # from here on the unconditional branch has no weight
             is_guided = False
-            known, cache = select_rows((known, cache), slice(num_samples))
+            known, cache = known[:num_samples], select_rows(cache, slice(num_samples))
         uniform = partial(counter_uniform, sample_index, seed=seed, step=i, stream=Stream.DRAW)
         u = uniform(shape=(channels,))
         done = 0

@@ -1,4 +1,4 @@
-"""Clusters of codewords or latents on disk: one safetensors file tied to one tokenizer.
+"""Clusters of codewords or latents: made by k-means, kept in one file tied to one tokenizer.
 
 | tensor | shape | what |
 |---|---|---|
@@ -18,10 +18,15 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from grn_lightning.functional.clusters import cluster_members
+from grn_lightning.functional.hbq import hbq_decode
 from grn_lightning.models.coarse_split import ClusterSplit, LatentSplit
+from grn_lightning.models.hashes import weights_hash
+from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.vq_tokenizer import VQTokenizer
 
 FORMAT = 1
 _ENTRY = "grn"
@@ -65,6 +70,82 @@ class Clusters:
         if self.cluster_of is not None:
             return ClusterSplit(self.cluster_of, len(self.centroids))
         return LatentSplit(self.centroids, self.info.num_rounds)
+
+
+def fit_codewords(
+    tokenizer: VQTokenizer, *, num_clusters: int, seed: int = 0, num_restarts: int = 10
+) -> Clusters:
+    """Cluster a codebook (CTF section 3): k-means on unit codewords, every codeword once.
+
+    Args:
+        tokenizer: Whose codebook.
+        num_clusters: Clusters, at most as many as codewords; the paper has 512 for 16,384.
+        seed: Seed of the k-means.
+        num_restarts: Starts of which the best is kept.
+
+    Raises:
+        ValueError: If there are more clusters than codewords.
+    """
+    codewords = tokenizer.quantize.codewords().detach().cpu()
+    fitted = _fit(codewords, num_clusters, seed, num_restarts)
+    return Clusters(
+        info=ClustersInfo(
+            kind="codewords",
+            tokenizer_hash=weights_hash(tokenizer),
+            seed=seed,
+            inertia=float(fitted.inertia_),
+        ),
+        centroids=torch.from_numpy(fitted.cluster_centers_).float(),
+        sizes=torch.from_numpy(fitted.labels_).long().bincount(minlength=num_clusters),
+        cluster_of=torch.from_numpy(fitted.labels_).long(),
+    )
+
+
+def fit_latents(
+    tokenizer: HBQTokenizer,
+    codes: Tensor,
+    *,
+    num_clusters: int,
+    seed: int = 0,
+    num_restarts: int = 10,
+) -> Clusters:
+    """Cluster the quantized latents of training samples, each as often as it occurs.
+
+    Args:
+        tokenizer: Whose codes.
+        codes: `(b, d, *grid)` long, codes of training samples.
+        num_clusters: Clusters, at most as many as different latents.
+        seed: Seed of the k-means.
+        num_restarts: Starts of which the best is kept.
+
+    Raises:
+        ValueError: If there are more clusters than different latents.
+    """
+    num_rounds = tokenizer.config.num_rounds
+    vectors = hbq_decode(codes, num_rounds=num_rounds).movedim(1, -1).flatten(0, -2).cpu()
+    fitted = _fit(vectors, num_clusters, seed, num_restarts)
+    return Clusters(
+        info=ClustersInfo(
+            kind="latents",
+            tokenizer_hash=weights_hash(tokenizer),
+            num_rounds=num_rounds,
+            seed=seed,
+            inertia=float(fitted.inertia_),
+        ),
+        centroids=torch.from_numpy(fitted.cluster_centers_).float(),
+        sizes=torch.from_numpy(fitted.labels_).long().bincount(minlength=num_clusters),
+    )
+
+
+def _fit(vectors: Tensor, num_clusters: int, seed: int, num_restarts: int) -> KMeans:
+    different = len(vectors.unique(dim=0))
+    if not 1 <= num_clusters <= different:
+        raise ValueError(
+            f"num_clusters must be between 1 and {different}, the different vectors there are, "
+            f"got {num_clusters}."
+        )
+    means = KMeans(num_clusters, n_init=num_restarts, max_iter=300, random_state=seed)
+    return means.fit(vectors.double().numpy())
 
 
 def write_clusters(path: Path, clusters: Clusters) -> None:
