@@ -1,16 +1,29 @@
 """From a shard's bytes to a batch: decoding, what to do with bad samples, collating."""
 
+import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from grn_lightning.datasets.codes import (
+    CODES,
+    FLIPPED,
+    TEXT,
+    CodeFacts,
+    OtherTokenizerError,
+    TextFeatures,
+    decode_codes,
+    decode_text,
+    first_frames,
+)
 from grn_lightning.datasets.order import SampleRequest
 from grn_lightning.datasets.shards import RawSample, ShardSet
 from grn_lightning.datasets.tars import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
@@ -19,6 +32,7 @@ from grn_lightning.media.video import decode_video
 
 _FEW_BAD = 10  # so many are forgiven before the share of bad samples means anything
 _FLIP, _WINDOW = 0, 1  # purposes of the random numbers of a sample
+_NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 _EXTENSIONS: dict[str, tuple[str, ...]] = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
 
@@ -37,7 +51,10 @@ class SampleFormat:
         horizontal_flip: Mirror every second sample. Never for digits, text or "moves left".
         with_classes: Read the class index (`cls`).
         with_captions: Read the caption (`txt`).
+        with_text_features: Read cached features of the caption (`text.npz`).
         num_classes: Refuse classes from here on.
+        codes: Read cached codes instead of pixels; `size`, `num_frames` and `fps` are then what
+            must have been encoded.
     """
 
     media: Literal["image", "video"]
@@ -48,12 +65,17 @@ class SampleFormat:
     horizontal_flip: bool = False
     with_classes: bool = False
     with_captions: bool = False
+    with_text_features: bool = False
     num_classes: int | None = None
+    codes: bool = False
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Extensions to be read."""
+    def fields(self, *, is_flipped: bool = False) -> tuple[str, ...]:
+        """Extensions to be read of a sample."""
         labels = ["cls"] * self.with_classes + ["txt"] * self.with_captions
+        labels += [TEXT] * self.with_text_features
+        labels += ["json"] * (self.codes or self.with_text_features)
+        if self.codes:
+            return (FLIPPED if is_flipped else CODES, *labels)
         return (*_EXTENSIONS[self.media], *labels)
 
 
@@ -62,15 +84,21 @@ class Sample(NamedTuple):
 
     Attributes:
         key: Its name in the shard.
-        clip: uint8 ``(f, 3, h, w)`` in [0, 255].
+        clip: uint8 ``(f, 3, h, w)`` in [0, 255]; of no frames where codes are read.
         class_label: Class index, if asked for.
         caption: Text, if asked for.
+        codes: Long ``(d, f', h', w')``, if asked for.
+        facts: What the codes mean.
+        text: Features of the caption, if asked for.
     """
 
     key: str
     clip: Tensor
     class_label: int | None = None
     caption: str | None = None
+    codes: Tensor | None = None
+    facts: CodeFacts | None = None
+    text: TextFeatures | None = None
 
 
 class Item(NamedTuple):
@@ -84,8 +112,14 @@ class Item(NamedTuple):
 class Batch(TypedDict):
     """What a training or validation step receives."""
 
-    clips: Tensor
+    clips: NotRequired[Tensor]
     """Float ``(b, 3, f, h, w)`` in [-1, 1]; a picture is a clip of one frame."""
+    codes: NotRequired[Tensor]
+    """Long ``(b, d, f', h', w')``, in place of clips where a source holds codes."""
+    tokenizer_hash: NotRequired[str]
+    """Of the tokenizer that made the codes."""
+    clip_size: NotRequired[tuple[int, int, int]]
+    """Frames, height and width in pixels that the codes stand for."""
     keys: list[str]
     """Names of the samples."""
     sample_index: Tensor
@@ -96,14 +130,17 @@ class Batch(TypedDict):
     """Long ``(b,)``."""
     captions: NotRequired[list[str]]
     """One text per sample."""
+    text_embeds: NotRequired[Tensor]
+    """Float ``(b, l, c)``: cached features of the captions."""
+    text_mask: NotRequired[Tensor]
+    """Bool ``(b, l)``: which of them are there."""
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """Join samples of one source to a batch."""
     samples = [item.sample for item in items]
-    clips = torch.stack([sample.clip for sample in samples])  # (b, f, 3, h, w)
     batch: Batch = {
-        "clips": to_float(clips.transpose(1, 2).contiguous()),  # (b, 3, f, h, w)
+        **_joined_media(samples),
         "keys": [sample.key for sample in samples],
         "sample_index": torch.tensor([item.number for item in items]),
         "weights": torch.tensor([item.weight for item in items]),
@@ -114,7 +151,24 @@ def collate(items: Sequence[Item]) -> Batch:
         batch["class_labels"] = torch.tensor(labels)
     if captions:
         batch["captions"] = captions
+    texts = [sample.text for sample in samples if sample.text is not None]
+    if texts:
+        batch["text_embeds"] = pad_sequence([text.embeds for text in texts], batch_first=True)
+        batch["text_mask"] = pad_sequence([text.mask for text in texts], batch_first=True)
     return batch
+
+
+def _joined_media(samples: Sequence[Sample]) -> Any:
+    """Clips, or codes with what is common to them."""
+    codes, facts = [sample.codes for sample in samples], samples[0].facts
+    if facts is None:
+        clips = torch.stack([sample.clip for sample in samples])  # (b, f, 3, h, w)
+        return {"clips": to_float(clips.transpose(1, 2).contiguous())}  # (b, 3, f, h, w)
+    return {
+        "codes": torch.stack([one for one in codes if one is not None]),
+        "tokenizer_hash": facts.tokenizer_hash,
+        "clip_size": facts.size,
+    }
 
 
 # --- one source -----------------------------------------------------------------------------------
@@ -159,7 +213,10 @@ class SampleReader:
         self.seed = seed
         self.num_samples = min(len(shards), max_samples or len(shards))
         self.cache_decoded = cache_decoded
-        self._cache: dict[int, Sample] = {}
+        self.code_facts: CodeFacts | None = None
+        self.text_hash: str | None = None
+        self.code_facts, self.text_hash = self._first_facts()
+        self._cache: dict[tuple[int, bool], Sample] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """Leave cached samples behind when pickled."""
@@ -191,20 +248,61 @@ class SampleReader:
             ValueError: If something is missing or does not decode.
             OSError: If the shard cannot be read.
         """
-        sample = self._cache.get(index)
+        is_flipped = self.format.horizontal_flip and bool(_random(self.seed, number, _FLIP) % 2)
+        place = (index, is_flipped and self.format.codes)  # pixels are flipped when they are taken
+        sample = self._cache.get(place)
         if sample is None:
-            sample = self._decode(self.shards.read(index, self.format.fields))
+            sample = self._decode(self.shards.read(index, self.format.fields(is_flipped=place[1])))
         if self.cache_decoded:
-            self._cache[index] = sample
-        return sample._replace(clip=self._augment(sample.clip, number))
+            self._cache[place] = sample
+        return sample._replace(clip=self._augment(sample.clip, number, is_flipped))
 
     def _decode(self, raw: RawSample) -> Sample:
+        codes, facts = self._decode_codes(raw) if self.format.codes else (None, None)
         return Sample(
             key=raw.key,
-            clip=self._decode_clip(raw),
+            clip=_NO_FRAMES if self.format.codes else self._decode_clip(raw),
             class_label=self._decode_class(raw) if self.format.with_classes else None,
             caption=_field(raw, "txt").decode().strip() if self.format.with_captions else None,
+            codes=codes,
+            facts=facts,
+            text=self._decode_text(raw) if self.format.with_text_features else None,
         )
+
+    def _decode_codes(self, raw: RawSample) -> tuple[Tensor, CodeFacts]:
+        """Codes of the frames that are wanted."""
+        name = FLIPPED if FLIPPED in raw.fields else CODES
+        expected = None if self.code_facts is None else self.code_facts.tokenizer_hash
+        entry = _entries(raw).get(name)
+        codes, facts = decode_codes(_field(raw, name), entry, tokenizer_hash=expected)
+        made = (*facts.size[1:], facts.fps)
+        wanted = (*self.format.size, self.format.fps)
+        if made != wanted:
+            raise ValueError(
+                "its codes are those of (height, width, fps) "
+                f"{made}, and {wanted} is asked for; set `image_size` and `fps`, or encode again."
+            )
+        codes = first_frames(codes, facts, self.format.num_frames)
+        size = (self.format.num_frames, *self.format.size)
+        return codes, replace(facts, size=size, grid=(codes.shape[1], *facts.grid[1:]))
+
+    def _first_facts(self) -> tuple[CodeFacts | None, str | None]:
+        """What is cached in the set, by the first sample that can be read: all must agree.
+
+        Raises:
+            ValueError: If none of the first samples can be read.
+        """
+        if not (self.format.codes or self.format.with_text_features):
+            return None, None
+        for index in range(min(self.num_samples, _FEW_BAD)):
+            try:
+                raw = self.shards.read(index, self.format.fields())
+                facts = self._decode_codes(raw)[1] if self.format.codes else None
+                entry = _entries(raw).get(TEXT) if self.format.with_text_features else None
+                return facts, entry and str(entry.get("encoder_hash"))
+            except (ValueError, OSError) as error:
+                where, problem = self.shards.describe(index), error
+        raise ValueError(f"{where}: {problem}")
 
     def _decode_clip(self, raw: RawSample) -> Tensor:
         """Uint8 ``(f, 3, h, w)``; all frames of the film if a window is still to be chosen."""
@@ -217,20 +315,30 @@ class SampleReader:
             raise ValueError(f"{self.format.num_frames} frames are wanted, it has {len(clip)}.")
         return clip
 
+    def _decode_text(self, raw: RawSample) -> TextFeatures:
+        entry = _entries(raw).get(TEXT)
+        return decode_text(_field(raw, TEXT), entry, encoder_hash=self.text_hash)
+
     def _decode_class(self, raw: RawSample) -> int:
         label = int(_field(raw, "cls"))
         if label < 0 or (self.format.num_classes and label >= self.format.num_classes):
             raise ValueError(f"class {label} is not in [0, {self.format.num_classes}).")
         return label
 
-    def _augment(self, clip: Tensor, number: int) -> Tensor:
+    def _augment(self, clip: Tensor, number: int, is_flipped: bool) -> Tensor:
+        if self.format.codes:
+            return clip
         if self.format.random_window:
             num_starts = len(clip) - self.format.num_frames + 1
             start = _random(self.seed, number, _WINDOW) % num_starts
             clip = clip[start : start + self.format.num_frames]
-        if self.format.horizontal_flip and _random(self.seed, number, _FLIP) % 2:
-            clip = clip.flip(-1)
-        return clip
+        return clip.flip(-1) if is_flipped else clip
+
+
+def _entries(raw: RawSample) -> dict[str, Any]:
+    """Return the JSON of a sample; nothing if it has none."""
+    entries = json.loads(raw.fields.get("json", b"{}"))
+    return entries if isinstance(entries, dict) else {}
 
 
 def _field(raw: RawSample, *extensions: str) -> bytes:
@@ -241,6 +349,11 @@ def _field(raw: RawSample, *extensions: str) -> bytes:
     raise ValueError(f"the sample has no {' or '.join(extensions)}.")
 
 
+def holds_codes(shards: ShardSet, media: str) -> bool:
+    """Whether the samples are codes; where there are pixels too, these are read."""
+    return CODES in shards.fields and not set(_EXTENSIONS[media]) & set(shards.fields)
+
+
 def check_fields(shards: ShardSet, sample_format: SampleFormat, *, name: str) -> None:
     """Refuse a source none of whose samples has what is asked for.
 
@@ -248,6 +361,12 @@ def check_fields(shards: ShardSet, sample_format: SampleFormat, *, name: str) ->
         ValueError: Naming what is missing and what there is.
     """
     wanted: dict[str, tuple[str, ...]] = {sample_format.media: _EXTENSIONS[sample_format.media]}
+    if sample_format.codes:
+        wanted = {"codes": (CODES,)}
+        if sample_format.horizontal_flip:
+            wanted["mirrored codes, see `grn encode --flip`"] = (FLIPPED,)
+    if sample_format.with_text_features:
+        wanted["text features, see `grn encode --text_encoder`"] = (TEXT,)
     if sample_format.with_classes:
         wanted["class"] = ("cls",)
     if sample_format.with_captions:
@@ -309,6 +428,8 @@ class ShardDataset(Dataset[Item]):
             self.num_seen += 1
             try:
                 sample = reader.read(index, number=request.number)
+            except OtherTokenizerError as error:
+                raise OtherTokenizerError(f"{reader.shards.describe(index)}: {error}") from error
             except (ValueError, OSError) as error:
                 self._count_bad(reader.shards.describe(index), error)
                 index = reader.substitute(index)

@@ -1,4 +1,4 @@
-"""Pictures and films of shards, with classes or captions, for training and validation.
+"""Pictures and films of shards, or their codes, with classes or captions, to train and validate.
 
 Training data are endless: which samples a step takes is a function of the seed and of the samples
 taken before it. Train by `max_steps`, validate every so many batches
@@ -9,14 +9,14 @@ another batch size, other workers or further sources.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
+from grn_lightning.datasets.codes import TEXT
 from grn_lightning.datasets.order import (
     EndlessBatchSampler,
     OrderedSource,
@@ -33,104 +33,12 @@ from grn_lightning.datasets.samples import (
     ShardDataset,
     check_fields,
     collate,
+    holds_codes,
 )
 from grn_lightning.datasets.shards import ShardSet
-
-
-def _refuse(where: str, *issues: tuple[bool, str]) -> None:
-    """Raise the texts of all issues that are true at once."""
-    found = [text for is_wrong, text in issues if is_wrong]
-    if found:
-        raise ValueError(f"{where}: {'; '.join(found)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardSource:
-    """One set of shards and how it is read."""
-
-    path: str
-    """Folder of the shards."""
-    batch_size: int
-    """Samples per device and step."""
-    media: Literal["image", "video"] = "image"
-    """What the samples show."""
-    name: str = ""
-    """Name in checkpoints and messages; the folder's by default. Keep it when the folder moves."""
-    split_train: str = "train"
-    """Split to train on (of `<split>.manifest.json`), or a pattern such as "{00000..00099}.tar"."""
-    split_val: str | None = "val"
-    """Split to validate on, likewise; null for none."""
-    weight: float = 1.0
-    """Share of the training steps, relative to the other sources."""
-    image_size: int | tuple[int, int] | None = None
-    """Height and width in pixels, if not those of the data module."""
-    num_frames: int = 1
-    """Frames of a clip; 1 for images."""
-    fps: float | None = None
-    """Frames per second at which a video is read; null takes its frames as they are."""
-    random_window: bool = False
-    """Train on a random stretch of each video instead of its beginning."""
-    horizontal_flip: bool = False
-    """Mirror every second training sample. Never for digits, text or "moves left"."""
-    max_samples: int | None = None
-    """Use only the first samples of each split, for instance four to overfit."""
-    shuffle_shards: int = 16
-    """Number of shards among which training samples are mixed at a time; 0 does not shuffle."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        media, fps, limit = self.media, self.fps, self.max_samples
-        is_image = media == "image"
-        _refuse(
-            f"source {self.title!r}",
-            (media not in ("image", "video"), f"`media` must be 'image' or 'video', got {media!r}"),
-            (self.batch_size < 1, f"`batch_size` must be at least 1, got {self.batch_size}"),
-            (self.weight <= 0, f"`weight` must be positive, got {self.weight}"),
-            (self.num_frames < 1, f"`num_frames` must be at least 1, got {self.num_frames}"),
-            (is_image and self.num_frames > 1, "`num_frames` of images must be 1"),
-            (is_image and bool(fps or self.random_window), "`fps`, `random_window` are for videos"),
-            (fps is not None and fps <= 0, f"`fps` must be positive, got {fps}"),
-            (limit is not None and limit < 1, f"`max_samples` must be at least 1, got {limit}"),
-            (self.shuffle_shards < 0, f"`shuffle_shards` is negative: {self.shuffle_shards}"),
-        )
-
-    @property
-    def title(self) -> str:
-        """Its name, or its folder's."""
-        return self.name or Path(self.path).name
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    """How samples are loaded; nothing here changes a batch."""
-
-    num_workers: int = 0
-    """Loader processes per device; 0 loads in the training process."""
-    persistent_workers: bool = True
-    """Keep the processes between validations."""
-    multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = None
-    """How processes start; null is Python's default."""
-    cache_decoded: bool = False
-    """Keep decoded samples in memory, for sets that fit; every process keeps its own."""
-    max_bad_fraction: float = 0.01
-    """Share of samples that may be missing or broken before the run stops; 0 allows none."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        workers, fraction = self.num_workers, self.max_bad_fraction
-        _refuse(
-            "loader",
-            (workers < 0, f"`num_workers` must be at least 0, got {workers}"),
-            (not 0 <= fraction <= 1, f"`max_bad_fraction` must be in [0, 1], got {fraction}"),
-        )
-
-
-def _as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width; a single number is both."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"`image_size` must be at least 1, got {size}.")
-    return height, width
+from grn_lightning.lit.sources import LoaderConfig as LoaderConfig
+from grn_lightning.lit.sources import ShardSource as ShardSource
+from grn_lightning.lit.sources import as_pair, refuse
 
 
 class _ResumableLoader(DataLoader[Item]):
@@ -159,6 +67,8 @@ class ShardData(L.LightningDataModule):
         num_classes: Number of classes, for models that need it; larger labels count as bad.
         with_classes: Put `class_labels` into the batch.
         with_captions: Put `captions` into the batch.
+        with_text_features: Put `text_embeds` and `text_mask` into the batch: features of the
+            captions that `grn encode --text_encoder` has stored, in place of a frozen encoder.
         seed: Seed of order, flips and windows.
         loader: How samples are loaded.
 
@@ -174,6 +84,7 @@ class ShardData(L.LightningDataModule):
         num_classes: int | None = None,
         with_classes: bool = False,
         with_captions: bool = False,
+        with_text_features: bool = False,
         seed: int = 0,
         loader: LoaderConfig | None = None,
     ):
@@ -182,13 +93,14 @@ class ShardData(L.LightningDataModule):
         self.loader = (
             LoaderConfig(**loader) if isinstance(loader, dict) else loader or LoaderConfig()
         )
-        self.image_size = _as_pair(image_size)
+        self.image_size = as_pair(image_size)
         self.num_classes = num_classes
         self.with_classes = with_classes
         self.with_captions = with_captions
+        self.with_text_features = with_text_features
         self.seed = seed
         titles = [source.title for source in self.sources]
-        _refuse(
+        refuse(
             "ShardData",
             (not titles, "`sources` must hold at least one"),
             (len(set(titles)) < len(titles), f"sources need different `name`s, got {titles}"),
@@ -210,6 +122,7 @@ class ShardData(L.LightningDataModule):
             "num_classes": self.num_classes,
             "with_classes": self.with_classes,
             "with_captions": self.with_captions,
+            "with_text_features": self.with_text_features,
             "seed": self.seed,
             "loader": asdict(self.loader),
         }
@@ -234,7 +147,7 @@ class ShardData(L.LightningDataModule):
     def _refuse_settings_of(self, trainer: L.Trainer) -> None:
         replaces_sampler = bool(trainer._accelerator_connector.use_distributed_sampler)
         overfits = bool(getattr(trainer, "overfit_batches", 0))
-        _refuse(
+        refuse(
             "trainer",
             (
                 replaces_sampler and trainer.world_size > 1,
@@ -244,35 +157,73 @@ class ShardData(L.LightningDataModule):
         )
 
     def _reader(self, source: ShardSource, split: str, *, is_val: bool = False) -> SampleReader:
+        folder = source.path_val or source.path if is_val else source.path
         try:
-            shards = ShardSet.open(source.path, split)
+            shards = ShardSet.open(folder, split)
         except ValueError as error:
             hint = " To train without validation set `split_val: null`." if is_val else ""
             raise ValueError(f"source {source.title!r}: {error}{hint}") from error
-        sample_format = self._format(source)
+        sample_format = self._format(source, codes=holds_codes(shards, source.media))
         if is_val:
-            sample_format = replace(sample_format, horizontal_flip=False, random_window=False)
+            sample_format = replace(
+                sample_format,
+                horizontal_flip=False,
+                random_window=False,
+                with_text_features=self.with_text_features and TEXT in shards.fields,
+            )
         check_fields(shards, sample_format, name=source.title)
-        return SampleReader(
-            shards,
-            sample_format,
-            seed=self.seed,
-            max_samples=source.max_samples,
-            cache_decoded=self.loader.cache_decoded,
+        refuse(
+            f"source {source.title!r}",
+            (
+                sample_format.codes and sample_format.random_window,
+                "`random_window` needs pixels: the codes are those of one stretch of each video",
+            ),
         )
+        try:
+            return SampleReader(
+                shards,
+                sample_format,
+                seed=self.seed,
+                max_samples=source.max_samples,
+                cache_decoded=self.loader.cache_decoded,
+            )
+        except ValueError as error:
+            raise ValueError(f"source {source.title!r}: {error}") from error
 
-    def _format(self, source: ShardSource) -> SampleFormat:
+    def _format(self, source: ShardSource, *, codes: bool) -> SampleFormat:
         return SampleFormat(
             media=source.media,
-            size=_as_pair(source.image_size or self.image_size),
+            size=as_pair(source.image_size or self.image_size),
             num_frames=source.num_frames,
             fps=source.fps,
             random_window=source.random_window,
             horizontal_flip=source.horizontal_flip,
             with_classes=self.with_classes,
             with_captions=self.with_captions,
+            with_text_features=self.with_text_features,
             num_classes=self.num_classes,
+            codes=codes,
         )
+
+    def code_hashes(self) -> dict[str, str]:
+        """Return the hash of the tokenizer of every source that holds codes."""
+        return {
+            name: reader.code_facts.tokenizer_hash
+            for name, reader in self._named_readers()
+            if reader.code_facts is not None
+        }
+
+    def text_hashes(self) -> dict[str, str]:
+        """Return the hash of the text encoder of every source whose features are read."""
+        readers = self._named_readers()
+        return {name: reader.text_hash for name, reader in readers if reader.text_hash is not None}
+
+    def _named_readers(self) -> Iterator[tuple[str, SampleReader]]:
+        validated = [source for source in self.sources if source.split_val]
+        for split, readers in self._readers.items():
+            sources = self.sources if split == "train" else validated
+            for source, reader in zip(sources, readers, strict=True):
+                yield f"{source.title!r} ({split})", reader
 
     # --- loaders ----------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from grn_lightning.functional import (
     token_cross_entropy,
 )
 from grn_lightning.lit.base import StageModule, as_config, as_plain
+from grn_lightning.lit.cached import cached_condition, cached_elements, refuse_foreign_cache
 from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select, weights_hash
 from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.tokenizer import Prediction, load_tokenizer
@@ -40,9 +41,8 @@ from grn_lightning.models.text_encoder import (
 from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
 from grn_lightning.pipelines import Condition as Condition
-from grn_lightning.pipelines import GeneratorPipeline
+from grn_lightning.pipelines import GeneratorPipeline, check_text_channels
 from grn_lightning.pipelines import target_of as target_of
-from grn_lightning.pipelines.generator import check_text_channels
 from grn_lightning.samplers import RefineConfig, RefineResult
 
 
@@ -164,11 +164,17 @@ class LitGenerator(StageModule):
             self._load_weights(averaged_state(read_checkpoint(self.init_from)))
 
     def on_fit_start(self) -> None:
-        """Refuse a memory that would mix samples up.
+        """Refuse a memory that would mix samples up, and what other networks have cached.
 
         Raises:
-            ValueError: If samples of `cache_codes` are augmented, or may share a key and a size.
+            ValueError: If samples of `cache_codes` are augmented, or may share a key and a size; or
+                if cached codes or text features are not those of the networks at hand.
         """
+        refuse_foreign_cache(
+            getattr(self.trainer, "datamodule", None),
+            tokenizer_hash=self.tokenizer_hash,
+            text_encoder=self.text_encoder if self.is_text else None,
+        )
         sources = getattr(getattr(self.trainer, "datamodule", None), "sources", [])
         if not self.cache_codes:
             return
@@ -226,8 +232,16 @@ class LitGenerator(StageModule):
         """Map elements `(b, c, *grid)` to clips `(b, 3, f, h, w)`, clamped to [-1, 1]."""
         return self.pipeline.detokenize(elements)
 
+    def _elements(self, batch: Batch) -> Tensor:
+        """Elements of a batch of clips or of cached codes."""
+        if "codes" in batch:
+            return cached_elements(batch, self.pipeline, tokenizer_hash=self.tokenizer_hash)
+        return self.tokenize(batch["clips"])
+
     def _training_elements(self, batch: Batch) -> Tensor:
         """Elements of a training batch, remembered by key and size if `cache_codes`."""
+        if "codes" in batch:
+            return self._elements(batch)
         clips = batch["clips"]
         if not self.cache_codes:
             return self.tokenize(clips)
@@ -249,6 +263,8 @@ class LitGenerator(StageModule):
         Raises:
             ValueError: If the batch lacks them.
         """
+        if self.is_text and "text_embeds" in batch:
+            return cached_condition(batch, dropped, lambda: self.null_condition(1))
         field = "captions" if self.is_text else "class_labels"
         if field not in batch:
             option = "with_captions" if self.is_text else "with_classes"
@@ -308,7 +324,7 @@ class LitGenerator(StageModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy on held-out samples, with the noise of their position in the set."""
-        x_1 = self.tokenize(batch["clips"])
+        x_1 = self._elements(batch)
         logits, t = self._predict(x_1, batch["sample_index"], batch, 0.0)
         loss = token_cross_entropy(logits, x_1)
         self.val_accuracy.update(loss, token_accuracy(logits, x_1), t, batch["weights"])
@@ -334,7 +350,7 @@ class LitGenerator(StageModule):
             asked["captions"] = [batch["captions"][row] for row in rows]
         if "class_labels" in batch:
             asked["class_labels"] = batch["class_labels"][real]
-        frames, height, width = batch["clips"].shape[2:]
+        frames, height, width = batch.get("clip_size") or batch["clips"].shape[2:]
         result = self.sample(
             self.condition(asked),
             batch["sample_index"][real],
