@@ -1,16 +1,28 @@
 """The tokenizer stage: reconstruct images and clips through quantized latents.
 
-Here with reconstruction losses; perceptual and adversarial terms join `_losses`.
+Source: the tokenizer training published with GRN (arXiv 2604.13030): a tokenizer's update, then one
+of the discriminators on the same batch and on the reconstructions made before. Optimization is
+manual, with or without discriminators; what is counted is the tokenizer's updates (`stepping.py`).
 """
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
+from einops import rearrange
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 
 from grn_lightning.datasets.samples import Batch
+from grn_lightning.functional.adversarial import adaptive_weight
+from grn_lightning.lit.adversarial import AdversarialConfig, Adversary
 from grn_lightning.lit.base import StageModule, as_config, as_plain
 from grn_lightning.lit.checkpoints import (
     averaged_state,
@@ -19,11 +31,22 @@ from grn_lightning.lit.checkpoints import (
     trained_state,
 )
 from grn_lightning.lit.optim import OptimConfig
+from grn_lightning.lit.stepping import (
+    ProcedureConfig,
+    checkpoint_activations,
+    clip,
+    parts_of,
+    refuse_trainer_flags,
+    step,
+    unsynchronized,
+)
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.metrics.reconstruction import reconstruction_metrics
 from grn_lightning.models.pretrained import is_export, read_pretrained
 from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig, TokenizerOutput
 from grn_lightning.models.variants import TOKENIZERS, get_variant
+from grn_lightning.nn.blocks3d import ResidualBlock
+from grn_lightning.nn.perceptual import LPIPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +60,19 @@ class ReconstructionLossConfig:
     commitment: float = 0.0
     """Weight of the mean squared distance of latents to their quantized values; the published
     training measures it but leaves it out. It narrows the gap to the unquantized decoder."""
+    perceptual: float = 0.0
+    """Weight of LPIPS, mean over frames; the published setting is 1. Needs `vgg_weights`."""
+    vgg_weights: str | None = None
+    """File of torchvision's VGG-16; null looks into torchvision's own folder."""
 
     def __post_init__(self) -> None:
         """Refuse a loss of nothing."""
-        if min(self.l1, self.l2, self.commitment) < 0 or self.l1 + self.l2 == 0:
+        weights = (self.l1, self.l2, self.commitment, self.perceptual)
+        if min(weights) < 0 or self.l1 + self.l2 == 0:
             raise ValueError(
                 "ReconstructionLossConfig: weights must be at least 0 and l1 or l2 positive, "
-                f"got l1={self.l1}, l2={self.l2}, commitment={self.commitment}."
+                f"got l1={self.l1}, l2={self.l2}, commitment={self.commitment}, "
+                f"perceptual={self.perceptual}."
             )
 
 
@@ -63,8 +92,10 @@ class LitTokenizer(StageModule):
 
     Args:
         tokenizer: A configuration, or the name of a row of `models.variants.TOKENIZERS`.
-        loss: Weights of the loss terms.
-        optim: Optimizer and schedule.
+        loss: Weights of the loss terms that need no discriminator.
+        adversarial: Discriminators and their weight; null trains without any.
+        optim: Optimizer and schedule of the tokenizer.
+        procedure: Clipping, micro-batches, what is trained, and how memory is saved.
         init_from: Checkpoint or run folder of another tokenizer run whose averaged weights are
             the start, or an export; null starts from random weights.
         seed: Seed of whatever is random in a step.
@@ -77,45 +108,135 @@ class LitTokenizer(StageModule):
         tokenizer: TokenizerConfig | str,
         *,
         loss: ReconstructionLossConfig | None = None,
+        adversarial: AdversarialConfig | None = None,
         optim: OptimConfig | None = None,
+        procedure: ProcedureConfig | None = None,
         init_from: str | None = None,
         seed: int = 0,
     ):
         super().__init__(optim=optim, seed=seed)
+        self.automatic_optimization = False
         name_or_config = (
             get_variant(TOKENIZERS, tokenizer) if isinstance(tokenizer, str) else tokenizer
         )
         self.tokenizer_config = as_config(TokenizerConfig, name_or_config)
         self.loss = as_config(ReconstructionLossConfig, loss)
+        self.procedure = as_config(ProcedureConfig, procedure)
+        self.adversarial = adversarial and as_config(AdversarialConfig, adversarial)
         self.init_from = init_from
         self.save_hyperparameters(
             {
                 "tokenizer": as_plain(self.tokenizer_config),
                 "loss": as_plain(self.loss),
+                "adversarial": as_plain(self.adversarial),
                 "optim": as_plain(self.optim),
+                "procedure": as_plain(self.procedure),
                 "init_from": init_from,
                 "seed": seed,
             }
         )
         self.val_metrics = reconstruction_metrics()
-        self.code_statistics = CodeStatistics(
-            num_channels=self.tokenizer_config.latent_channels,
-            num_rounds=self.tokenizer_config.num_rounds,
-        )
+        self.code_statistics = _code_statistics(self.tokenizer_config)
+
+    # --- building ---------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        """Refuse what the trainer could not do; this is the first hook that knows the trainer."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_trainer_flags(self.trainer)
+        return []
 
     def configure_model(self) -> None:
-        """Build the network, once."""
+        """Build the networks, once."""
         if hasattr(self, "tokenizer"):
             return
         self.tokenizer = HBQTokenizer(self.tokenizer_config)
         if self.init_from is not None:
             state = trained_state(self.init_from)
             self.tokenizer.load_state_dict(select(state, "tokenizer"))
+        if self.adversarial is not None:
+            self.adversary = Adversary(self.adversarial)
+            if self.adversarial.init_from is not None:
+                self.adversary.load_from(self.adversarial.init_from)
+        self._apply_procedure()
+
+    def _apply_procedure(self) -> None:
+        """Freeze, save memory and compile as the procedure asks."""
+        tokenizer, procedure = self.tokenizer, self.procedure
+        if procedure.trains == "decoder":
+            for part in (tokenizer.encoder, tokenizer.conv1, tokenizer.quantizer):
+                part.requires_grad_(False)
+        if procedure.activation_checkpointing:
+            checkpoint_activations(tokenizer, ResidualBlock)
+        if procedure.compile is not None:
+            tokenizer.encoder.compile(backend=procedure.compile)
+            tokenizer.decoder.compile(backend=procedure.compile)
 
     def setup(self, stage: str) -> None:
-        """Let DDP pass over parameters without a gradient: images do not use layers over time."""
+        """Load LPIPS; let DDP pass over parameters without a gradient.
+
+        Images do not use layers over time, and each player's step leaves the other's alone.
+
+        Raises:
+            ValueError: If LPIPS is wanted and its weights are nowhere.
+        """
         if isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        if stage == "fit" and self.loss.perceptual and not hasattr(self, "lpips"):
+            # A plain attribute: no submodule, so neither checkpoints nor strategies see it.
+            object.__setattr__(self, "lpips", LPIPS.load(self.loss.vgg_weights))
+
+    def on_fit_start(self) -> None:
+        """Bring LPIPS to where the tokenizer is."""
+        if self.loss.perceptual:
+            self.lpips.to(self.device)
+
+    def train(self, mode: bool = True) -> "LitTokenizer":
+        """Set the mode; a frozen quantizer learns nothing from passing codes either."""
+        super().train(mode)
+        if hasattr(self, "tokenizer") and self.procedure.trains == "decoder":
+            self.tokenizer.quantizer.eval()
+        return self
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimizer and schedule of the tokenizer and, if there are any, discriminators."""
+        tokenizer = self.optimizer_of(self.tokenizer, self.optim)
+        if self.adversarial is None:
+            return tokenizer
+        config = self.adversarial
+        opponent = self.optimizer_of(
+            self.adversary, config.optim, first_sample=config.start_samples
+        )
+        return [tokenizer, opponent]  # type: ignore[return-value]  # pairs as dictionaries
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log nothing here: gradients have been clipped, and there may be two optimizers."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the count, and in checkpoints of automatic optimization that of the trainer.
+
+        Raises:
+            ValueError: If training is resumed with discriminators that were not there, or without
+                those that were.
+        """
+        super().on_load_checkpoint(checkpoint)
+        before = checkpoint["hyper_parameters"].get("adversarial") is not None
+        if self._is_resuming and before != (self.adversarial is not None):
+            raise ValueError(
+                f"the checkpoint was trained {'with' if before else 'without'} discriminators, "
+                "which this run does otherwise: start a new run from its weights by "
+                "`model.init_from` instead of resuming it."
+            )
+        if not before and self.adversarial is not None:  # to be validated, tested or predicted
+            own = self.adversary.state_dict(prefix="adversary.")
+            checkpoint["state_dict"] = own | checkpoint["state_dict"]
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        steps = loops.get("epoch_loop.manual_optimization.optim_step_progress")
+        if steps and not steps["total"]["completed"]:
+            done = checkpoint["global_step"]
+            steps["total"].update(ready=done, completed=done)
+
+    # --- training ---------------------------------------------------------------------------------
 
     def forward(self, clips: Tensor) -> TokenizerOutput:
         """Reconstruct `(b, 3, f, h, w)` clips in [-1, 1]."""
@@ -125,31 +246,125 @@ class LitTokenizer(StageModule):
         """Weighted terms of the loss by name."""
         difference = output.reconstruction.float() - clips
         terms = {
-            "l1": (self.loss.l1, difference.abs()),
-            "l2": (self.loss.l2, difference.square()),
+            "l1": (self.loss.l1, difference.abs),
+            "l2": (self.loss.l2, difference.square),
             # Detached: through the straight-through estimate the distance has no gradient.
-            "commitment": (self.loss.commitment, (output.z - output.z_hat.detach()).square()),
+            "commitment": (
+                self.loss.commitment,
+                (output.z - output.z_hat.detach()).square,
+            ),
+            "perceptual": (self.loss.perceptual, lambda: self._lpips(clips, output)),
         }
-        return {name: weight * term.mean() for name, (weight, term) in terms.items() if weight}
+        losses = {name: weight * term().mean() for name, (weight, term) in terms.items() if weight}
+        return losses | dict(output.auxiliary_terms)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Take one step on a batch of one source."""
-        output = self(batch["clips"])
-        losses = self._losses(batch["clips"], output)
-        loss = torch.stack(list(losses.values())).sum()
-        self.count_samples(len(batch["clips"]))
+    def _lpips(self, clips: Tensor, output: TokenizerOutput) -> Tensor:
+        """Perceptual distance of every frame, `(b f,)`."""
+        frames = [rearrange(x, "b c f h w -> (b f) c h w") for x in (output.reconstruction, clips)]
+        return self.lpips(*frames)
 
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/loss_{name}": value for name, value in losses.items()})
-        self.log("train/quantization_error", (output.z - output.z_hat).detach().square().mean())
-        return loss
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the tokenizer, then the discriminators, on a batch of one source."""
+        clips, strength = batch["clips"], -1.0
+        optimizers = self.optimizers(use_pl_optimizer=True)
+        players = optimizers if isinstance(optimizers, list) else [optimizers]
+        if self.adversarial is not None:
+            strength = self.adversary.strength(self.samples_seen)
+        fakes = self._update_tokenizer(clips, players[0], strength)
+        if strength >= 0:
+            self._update_adversary(clips, fakes, players[1])
+        self.count_samples(len(clips))
+        schedules = self.lr_schedulers()
+        for schedule in schedules if isinstance(schedules, list) else [schedules]:
+            schedule.step()  # type: ignore[union-attr]
+        self.log("train/samples_seen", float(self.samples_seen))
+
+    def _update_tokenizer(
+        self, clips: Tensor, optimizer: LightningOptimizer, strength: float
+    ) -> list[Tensor]:
+        """Take a step; return the reconstructions made before it, by micro-batch."""
+        fakes: list[Tensor] = []
+
+        def loss_of(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            output = self(part)
+            fakes.append(output.reconstruction.detach())
+            losses = self._losses(part, output)
+            if strength >= 0:
+                losses |= self._adversarial_losses(losses, output, strength)
+            loss = torch.stack(list(losses.values())).sum()
+            logs = {f"train/loss_{name}": value.detach() for name, value in losses.items()}
+            error = (output.z - output.z_hat).detach().square().mean()
+            return loss, logs | {"train/loss": loss.detach(), "train/quantization_error": error}
+
+        logs = self._backward(list(parts_of(clips, self.procedure.micro_batches)), loss_of)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        logs["train/grad_norm"] = clip(parameters, self.procedure.gradient_clip_val)
+        step(self, optimizer, is_counted=True)
+        self.log("train/loss", logs.pop("train/loss"), prog_bar=True)
+        self.log_dict(logs)
+        return fakes
+
+    def _adversarial_losses(
+        self, losses: dict[str, Tensor], output: TokenizerOutput, strength: float
+    ) -> dict[str, Tensor]:
+        """Weighted terms of the discriminators, which learn nothing from this."""
+        with self.adversary.frozen():
+            terms = self.adversary.generator_terms(output.reconstruction)
+        if not terms:
+            return {}
+        assert self.adversarial is not None
+        factor = torch.as_tensor(strength, device=self.device)
+        if self.adversarial.is_adaptive:
+            last = self.tokenizer.decoder.head[-1].weight
+            sums = [torch.stack(list(t.values())).sum() for t in (losses, terms)]
+            factor = factor * adaptive_weight(*sums, last)
+        self.log("gan/weight_factor", factor)
+        return {f"adversarial_{name}": factor * term for name, term in terms.items()}
+
+    def _update_adversary(
+        self, clips: Tensor, fakes: list[Tensor], optimizer: LightningOptimizer
+    ) -> None:
+        """Take a step of the discriminators that have something to see in these clips."""
+        parts = list(parts_of(clips, self.procedure.micro_batches))
+        made = iter(fakes)
+        logs = self._backward(
+            parts, lambda part: self.adversary.discriminator_terms(part, next(made))
+        )
+        if not logs:
+            return
+        for name, judge in self.adversary.discriminators.items():
+            if f"gan/loss_{name}" in logs:
+                norm = clip(judge.parameters(), self.procedure.gradient_clip_val)
+                logs[f"gan/grad_norm_{name}"] = norm
+        step(self, optimizer, is_counted=False)
+        self.log_dict(logs)
+
+    def _backward(
+        self,
+        parts: list[tuple[Tensor, float]],
+        loss_of: Callable[[Tensor], tuple[Tensor | None, dict[str, Tensor]]],
+    ) -> dict[str, Tensor]:
+        """Add up the gradients of the parts of a batch; return what they log, likewise."""
+        total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for index, (part, share) in enumerate(parts):
+            loss, logs = loss_of(part)
+            if loss is None:
+                continue
+            with unsynchronized(self.trainer, is_last=index == len(parts) - 1):
+                self.manual_backward(share * loss)
+            for name, value in logs.items():
+                total[name] = total[name] + share * value
+        return dict(total)
+
+    # --- judging ----------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Judge reconstructions and codes; padding has weight 0."""
         output = self(batch["clips"])
         reconstruction = output.reconstruction.float()
         self.val_metrics.update(reconstruction, batch["clips"], batch["weights"])
-        self.code_statistics.update(self.tokenizer.quantize(output.z), batch["weights"])
+        if self.code_statistics is not None:
+            self.code_statistics.update(self.tokenizer.quantize(output.z), batch["weights"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all devices, and how the bits of every round are used."""
@@ -173,10 +388,22 @@ class LitTokenizer(StageModule):
     def _log_judgement(self, prefix: str) -> None:
         for name, value in self.val_metrics.compute().items():
             self.log(f"{prefix}/{name}", value, prog_bar=name == "psnr")
-        for name, value in self.code_statistics.compute().scalars().items():
-            self.log(f"codes/{name}", value)
         self.val_metrics.reset()
-        self.code_statistics.reset()
+        if self.code_statistics is not None:
+            for name, value in self.code_statistics.compute().scalars().items():
+                self.log(f"codes/{name}", value)
+            self.code_statistics.reset()
+
+
+def _code_statistics(config: TokenizerConfig) -> CodeStatistics | None:
+    """Return an empty count of a tokenizer's codes, if it has any."""
+    if not config.has_codes:
+        return None
+    return CodeStatistics(
+        num_channels=config.code_channels,
+        num_rounds=config.code_sizes.num_rounds,
+        alphabet_size=config.alphabet_size,
+    )
 
 
 def load_tokenizer(path: str | Any) -> HBQTokenizer:

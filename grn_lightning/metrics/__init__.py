@@ -1,5 +1,6 @@
 """Judges: reconstruction, code usage, Frechet distances, and the digits of the embedded set."""
 
+from grn_lightning.metrics.codes import CodeAlarms as CodeAlarms
 from grn_lightning.metrics.codes import CodeReport as CodeReport
 from grn_lightning.metrics.codes import CodeStatistics as CodeStatistics
 from grn_lightning.metrics.digits import DIRECTIONS as DIRECTIONS

@@ -69,7 +69,8 @@ def test_padding_is_not_counted() -> None:
 def test_scalars_name_every_round_even_if_there_is_one() -> None:
     names = {"ones_fraction_round_0", "entropy_round_0", "dead_fraction_round_0"}
     scalars = report(torch.tensor([[[0, 1]]]), 1).scalars()
-    assert set(scalars) == names | {"usage", "perplexity"}
+    names |= {"usage", "perplexity", "channel_entropy", "dead_channels"}
+    assert set(scalars) == names
     assert all(value.ndim == 0 for value in scalars.values())
     assert scalars["entropy_round_0"] == 1
 

@@ -6,7 +6,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from grn_lightning.functional.hbq import hbq_decode, hbq_encode
 from grn_lightning.lit.base import require_stage
 from grn_lightning.lit.callbacks.tensorboard import log_film, log_picture
 from grn_lightning.lit.generator import LitGenerator
@@ -60,7 +59,8 @@ class ReconstructionSheet(L.Callback):
                 log_picture(trainer, "images", contact_sheet(cells[:, 0], labels, columns=6))
             else:
                 log_picture(trainer, "clips", film_strip(cells, labels))
-        psnr_of_rounds(pl_module, self._clips[max(self._clips)], self.max_rounds)
+        if pl_module.tokenizer.config.has_rounds:
+            psnr_of_rounds(pl_module, self._clips[max(self._clips)], self.max_rounds)
         self._clips.clear()
 
 
@@ -68,8 +68,7 @@ def psnr_of_rounds(module: LitTokenizer, clips: Tensor, max_rounds: int) -> None
     """Log the PSNR of decoding 1 .. `max_rounds` rounds of the same latents, and all of them."""
     z = module.tokenizer.encode(clips)
     quantized = {
-        f"m{m}": hbq_decode(hbq_encode(z, num_rounds=m), num_rounds=m)
-        for m in range(1, max_rounds + 1)
+        f"m{m}": module.tokenizer.quantize_rounds(z, num_rounds=m) for m in range(1, max_rounds + 1)
     }
     for name, z_hat in {**quantized, "unquantized": z}.items():
         psnr = FramePSNR().to(clips.device)
