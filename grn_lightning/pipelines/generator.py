@@ -12,21 +12,25 @@ With "prefix" attention the captions and the negative prompt run through the gen
 once per step.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grn_lightning.functional import codes_to_elements, element_sizes, elements_to_codes
+from grn_lightning.functional import codes_to_elements, elements_to_codes
+from grn_lightning.media.images import center_crop_resize, to_float
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import FirstFrameCondition, GRNText, GRNTextConfig
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.text_encoder import TextEncoder
-from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
+from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.pipelines.conditions import Condition, prepare_text, with_first_frame
+from grn_lightning.pipelines.fit import check_text_channels, target_of
+from grn_lightning.pipelines.prompts import PLAIN, PromptStyle, Task, task_of
 from grn_lightning.samplers import ForwardCount, RefineConfig, RefineResult, StepInfo, refine
+from grn_lightning.samplers.constraints import Constraint
 
 POSITIONS_AT_ONCE = 64 * 64
 """Latent positions that are decoded at a time: those of the largest published picture."""
@@ -48,41 +52,6 @@ class Drawn:
     """Calls of the generator, and rows in them."""
 
 
-def target_of(
-    generator: GRNClassConfig | GRNTextConfig, tokenizer: TokenizerConfig
-) -> Literal["index", "bit"]:
-    """Return the form in which a generator predicts the codes of a tokenizer.
-
-    Raises:
-        ValueError: If the sizes fit neither form.
-    """
-    asked = (generator.num_elements, generator.alphabet_size)
-    channels, rounds = tokenizer.latent_channels, tokenizer.num_rounds
-    targets: tuple[Literal["index"], Literal["bit"]] = ("index", "bit")
-    sizes = {t: tuple(element_sizes(channels, num_rounds=rounds, target=t)) for t in targets}
-    for target in targets:
-        if sizes[target] == asked:
-            return target
-    raise ValueError(
-        "the generator's (`num_elements`, `alphabet_size`) must be "
-        f"{sizes['index']} or {sizes['bit']} for a tokenizer of {channels} channels and {rounds} "
-        f"rounds, got {asked}."
-    )
-
-
-def check_text_channels(config: GRNTextConfig, encoder: TextEncoder) -> None:
-    """Refuse a text encoder of another width than the generator reads.
-
-    Raises:
-        ValueError: If the widths differ.
-    """
-    if config.text_channels != encoder.text_channels:
-        raise ValueError(
-            f"`generator.text_channels` must be the text encoder's width {encoder.text_channels}, "
-            f"got {config.text_channels}."
-        )
-
-
 @dataclass(eq=False)
 class GeneratorPipeline:
     """Draws pictures and clips with networks that are trained.
@@ -102,6 +71,8 @@ class GeneratorPipeline:
     """Reads the captions of a `GRNText`."""
     sampling: RefineConfig = field(default_factory=RefineConfig)
     """Steps, guidance and temperature where nothing else is asked for."""
+    styles: Mapping[Task, PromptStyle] = field(default_factory=dict)
+    """What to put around prompts, by task; only `draw_text` and the command line do so."""
 
     def __post_init__(self) -> None:
         """Look that the parts fit."""
@@ -161,6 +132,26 @@ class GeneratorPipeline:
         return elements if self.is_text else elements.squeeze(2)
 
     @torch.no_grad()
+    def first_frame(self, pictures: Sequence[Tensor], *, size: tuple[int, int]) -> Tensor:
+        """Turn pictures into the clean first latent frame of clips.
+
+        Args:
+            pictures: uint8 `(3, h, w)` in [0, 255], of any size; they are scaled until they cover
+                `size`, and their centre is cut out.
+            size: Height and width of the clips in pixels.
+
+        Returns:
+            Elements `(b, c, 1, h', w')`, for `with_first_frame`.
+
+        Raises:
+            ValueError: If the generator draws no clips, or the size does not fit the tokenizer.
+        """
+        if not self.is_text:
+            raise ValueError("this generator draws classes: its pictures continue nothing.")
+        covering = torch.stack([center_crop_resize(picture, size) for picture in pictures])
+        return self.tokenize(to_float(covering.to(self.device)).unsqueeze(2))
+
+    @torch.no_grad()
     def detokenize(self, elements: Tensor) -> Tensor:
         """Map elements `(b, c, *grid)` to clips `(b, 3, f, h, w)`, clamped to [-1, 1]."""
         return torch.cat([*self.decode_chunks(elements)], dim=2)
@@ -218,6 +209,18 @@ class GeneratorPipeline:
         assert isinstance(self.generator, GRNClass)
         return self.generator.null_condition(batch_size, self.device)
 
+    def style(self, num_frames: int, *, has_first_frame: bool = False) -> PromptStyle:
+        """Return what belongs around prompts of such clips.
+
+        Raises:
+            ValueError: If there are styles, but none for this task.
+        """
+        task = task_of(num_frames, has_first_frame=has_first_frame)
+        if self.styles and task not in self.styles:
+            known = ", ".join(map(repr, self.styles))
+            raise ValueError(f"these weights draw {known}, but not {task!r}.")
+        return self.styles.get(task, PLAIN)
+
     # --- sampling ---------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -230,6 +233,7 @@ class GeneratorPipeline:
         config: RefineConfig | None = None,
         seed: int = 0,
         null_condition: Condition | None = None,
+        constraint: Constraint | None = None,
         observer: Callable[[StepInfo], None] | None = None,
     ) -> RefineResult:
         """Draw the elements of one sample per row of a condition.
@@ -242,6 +246,8 @@ class GeneratorPipeline:
             seed: Seed of the job.
             null_condition: From `null_condition`, `b` rows or one; by default the empty prompt or
                 the null class.
+            constraint: Elements `(b | 1, c, *grid)` that are known beforehand; what it says about
+                a given first frame is not read.
             observer: Called with a `StepInfo` after every step.
 
         Returns:
@@ -257,6 +263,12 @@ class GeneratorPipeline:
         if isinstance(condition, FirstFrameCondition):
             first_frame, grid = condition.first_frame, _later_frames(grid)
             null = with_first_frame(null, first_frame)  # guidance acts on the text alone
+            if constraint is not None:
+                constraint = replace(
+                    constraint,
+                    known_codes=constraint.known_codes[:, :, 1:],
+                    known_mask=constraint.known_mask[:, :, 1:],
+                )
         if isinstance(self.generator, GRNText):
             condition, null = prepare_text(self.generator, [condition, null])
         result = refine(
@@ -269,6 +281,7 @@ class GeneratorPipeline:
             alphabet_size=self.generator.config.alphabet_size,
             config=config,
             observer=observer,
+            constraint=constraint,
         )
         if first_frame is None:
             return result
@@ -285,6 +298,7 @@ class GeneratorPipeline:
         config: RefineConfig | None = None,
         seed: int = 0,
         null_condition: Condition | None = None,
+        constraint: Constraint | None = None,
         observer: Callable[[StepInfo], None] | None = None,
     ) -> Drawn:
         """Draw one picture or clip per row of a condition.
@@ -296,6 +310,7 @@ class GeneratorPipeline:
             config: As in `sample`.
             seed: As in `sample`.
             null_condition: As in `sample`.
+            constraint: As in `sample`.
             observer: As in `sample`.
 
         Returns:
@@ -313,14 +328,75 @@ class GeneratorPipeline:
             seed=seed,
             null_condition=null_condition,
             observer=observer,
+            constraint=constraint,
         )
         return Drawn(
             elements=result.codes,
             clips=torch.cat([self.detokenize(one) for one in result.codes.split(1)]),
-            num_steps=torch.full_like(sample_index, len(result.entropy)),
+            num_steps=result.num_steps,
             entropy=result.entropy,
             num_forwards=result.num_forwards,
         )
+
+    # --- for people -------------------------------------------------------------------------------
+
+    def draw_classes(self, class_labels: Sequence[int], **options: Any) -> Drawn:
+        """Draw one picture per class.
+
+        Args:
+            class_labels: Numbers of classes.
+            options: As in `draw`; the size is the generator's own.
+
+        Raises:
+            ValueError: If the generator knows no classes, or not these.
+        """
+        config = self.generator.config
+        if not isinstance(config, GRNClassConfig):
+            raise ValueError("this generator draws from text; use `draw_text`.")
+        wrong = [label for label in class_labels if not 0 <= label < config.num_classes]
+        if wrong:
+            raise ValueError(f"`class_labels` must be in [0, {config.num_classes}), got {wrong}.")
+        stride = self.tokenizer.config.spatial_stride
+        size = (1, config.grid_size[0] * stride, config.grid_size[1] * stride)
+        condition = self.condition({"class_labels": class_labels})
+        return self.draw(condition, self._numbers(len(class_labels)), size=size, **options)
+
+    def draw_text(
+        self,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int, int],
+        pictures: Sequence[Tensor] | None = None,
+        negative_prompt: str | None = None,
+        **options: Any,
+    ) -> Drawn:
+        """Draw one picture or clip per prompt, each prompt in the style of its task.
+
+        Args:
+            prompts: Texts; "" is no text at all.
+            size: Frames (1 for pictures), height and width in pixels.
+            pictures: First frames, uint8 `(3, h, w)`; one per prompt, or one for all.
+            negative_prompt: What guidance steers away from; by default what `styles` says.
+            options: As in `draw`.
+
+        Raises:
+            ValueError: If the generator draws from classes, or as in `draw`.
+        """
+        if not self.is_text:
+            raise ValueError("this generator draws from classes; use `draw_classes`.")
+        style = self.style(size[0], has_first_frame=pictures is not None)
+        condition = self.condition({"captions": [style.apply(prompt) for prompt in prompts]})
+        null = self.null_condition(
+            1, style.negative if negative_prompt is None else negative_prompt
+        )
+        if pictures is not None:
+            first_frame = self.first_frame(pictures, size=size[1:])
+            condition = with_first_frame(condition, first_frame)
+        numbers = self._numbers(len(prompts))
+        return self.draw(condition, numbers, size=size, null_condition=null, **options)
+
+    def _numbers(self, count: int) -> Tensor:
+        return torch.arange(count, device=self.device)
 
 
 def _later_frames(grid: tuple[int, ...]) -> tuple[int, ...]:
