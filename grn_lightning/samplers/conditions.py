@@ -89,3 +89,38 @@ def expand_rows(condition: Condition, count: int) -> Condition:
         f"a condition must have 1 row or one for each of the {count} samples of sample_index, "
         f"got {num_rows(condition)} rows."
     )
+
+
+def replace_rows(condition: Condition, slots: Tensor, new: Condition) -> Condition:
+    """Return a copy of a condition with other samples in some places.
+
+    Args:
+        condition: Tensor or (named) tuple of tensors, `(b, ...)`.
+        slots: `(n,)` long: which rows.
+        new: `n` rows of the same make.
+    """
+    return _map_condition(lambda part, fresh: part.index_copy(0, slots, fresh), condition, new)
+
+
+def put_rows(condition: Condition, slots: Tensor, new: Condition) -> None:
+    """Overwrite some samples of a condition in place.
+
+    Args:
+        condition: Tensors that own their memory.
+        slots: `(n,)` long: which rows.
+        new: `n` rows of the same make.
+
+    Raises:
+        ValueError: If they differ in more than the number of rows.
+    """
+    if _row_shapes(condition) != _row_shapes(new):
+        raise ValueError(
+            "all conditions of a queue must have the same fields and sizes; one row has the shapes "
+            f"{_row_shapes(condition)}, a new one {_row_shapes(new)}. Pad captions to one length."
+        )
+    _map_condition(lambda part, fresh: part.index_copy_(0, slots, fresh), condition, new)
+
+
+def own_rows(condition: Condition) -> Condition:
+    """Return a copy whose rows lie one behind the other and can be overwritten."""
+    return _map_condition(lambda part: part.contiguous().clone(), condition)
