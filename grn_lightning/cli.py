@@ -29,6 +29,7 @@ TOOLS = {
     "shards": "pack a folder of images or videos into WebDataset shards",
     "sample": "draw images or videos from a trained generator",
     "evaluate": "judge a trained tokenizer or generator on held-out data",
+    "convert": "turn published weights into an export, and back",
     "report": "write a self-contained HTML report of trained runs",
 }
 
