@@ -136,6 +136,7 @@ class _State(NamedTuple):
     age: Tensor  # (b, c, *grid) long: steps since an element was last selected
     frozen: Tensor  # (b, 1, *grid) bool
     is_frozen: Tensor  # (b,) bool
+    share: Tensor  # (b,) float: realised share of kept elements
 
 
 class _Drawn(NamedTuple):
@@ -155,14 +156,15 @@ class _Prompts:
     prompted: Condition
     with_null: Condition | None
 
-    def logits(self, source_t: Tensor, edit_t: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Return guided logits of source and edit, `(b, c, *grid, k)`."""
+    def logits(
+        self, source_t: Tensor, edit_t: Tensor, t: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """Return guided logits of source and edit, `(b, c, *grid, k)`, at times `(b,)`."""
         maps, condition = torch.cat([source_t, edit_t]), self.prompted
         if step.is_guided:
             assert self.with_null is not None, "edit() has looked for guided steps"
             maps, condition = torch.cat([maps, maps]), self.with_null
-        t = torch.full((len(maps),), step.t, dtype=torch.float32, device=maps.device)
-        logits = self.generator(maps, t, condition)
+        logits = self.generator(maps, t.repeat(len(maps) // len(t)), condition)
         if step.is_guided:
             prompted, unprompted = logits.chunk(2)
             logits = guide(prompted, unprompted, step.guidance_scale)
@@ -227,8 +229,8 @@ class _Editor:
         prompts: Whom to ask.
         uniform: Random numbers of the samples.
         config: Which elements may change.
-        temperature: Of drawing.
         given: Codes of the sources, or None where the source is drawn.
+        realised_time: Whether the generator is told the realised share of kept elements.
     """
 
     def __init__(
@@ -237,11 +239,11 @@ class _Editor:
         uniform: Callable[..., Tensor],
         config: EditConfig,
         *,
-        temperature: float,
         given: Tensor | None,
+        realised_time: bool,
     ):
         self.prompts, self.uniform, self.config = prompts, uniform, config
-        self.temperature, self.given = temperature, given
+        self.given, self.realised_time = given, realised_time
 
     def begin(self, alphabet_size: int) -> _State:
         """Return the state before the first step (1 of the algorithm)."""
@@ -249,33 +251,29 @@ class _Editor:
         x_0 = random_codes(u, alphabet_size=alphabet_size)
         nowhere = torch.zeros_like(x_0[:, :1], dtype=torch.bool)
         is_frozen = torch.zeros(len(x_0), dtype=torch.bool, device=x_0.device)
-        return _State(x_0, x_0, x_0, torch.full_like(x_0, _NEVER), nowhere, is_frozen)
+        share = torch.zeros(len(x_0), device=x_0.device)
+        return _State(x_0, x_0, x_0, torch.full_like(x_0, _NEVER), nowhere, is_frozen, share)
 
     def advance(self, state: _State, step: Step, *, is_switch: bool) -> tuple[_State, _Drawn]:
         """Return the state after one step, and what it has drawn (2 of the algorithm)."""
-        source_logits, edit_logits = self.prompts.logits(state.source_t, state.edit_t, step)  # 2a
+        t = state.share if self.realised_time else torch.full_like(state.share, step.t)
+        logits = self.prompts.logits(state.source_t, state.edit_t, t, step)  # 2a
         u = self.uniform(step=step.number, stream=Stream.DRAW)
-        source, edit = self._draw(source_logits, u), draw(edit_logits, u, **self._tempered)  # 2b
-        difference = self._belief(source_logits, source) - self._belief(edit_logits, source)  # 2c
+        source, edit = (draw(one, u, temperature=step.temperature) for one in logits)  # 2b
+        source = source if self.given is None else self.given
+        # Greedy drawing, temperature 0, is measured at 1.
+        belief = [log_prob_of(one, source, temperature=step.temperature or 1.0) for one in logits]
+        difference = belief[0].exp() - belief[1].exp()  # 2c
         state, editable = _route(state, difference, self.config, is_switch=is_switch)  # 2d, 2e
         edit = torch.where(editable, edit, source)  # 2f
-        t_next = torch.full((len(u),), step.t_next, dtype=torch.float32, device=u.device)
+        t_next = torch.full_like(state.share, step.t_next)
         keep = keep_mask(self.uniform(step=step.number, stream=Stream.KEEP), t_next)
         state = state._replace(
-            source_t=corrupt(source, state.x_0, keep), edit_t=corrupt(edit, state.x_0, keep)
+            source_t=corrupt(source, state.x_0, keep),
+            edit_t=corrupt(edit, state.x_0, keep),
+            share=keep.flatten(1).float().mean(1),
         )  # 2g
         return state, _Drawn(source, edit, difference, editable)
-
-    @property
-    def _tempered(self) -> dict[str, float]:
-        return {"temperature": self.temperature}
-
-    def _draw(self, logits: Tensor, u: Tensor) -> Tensor:
-        return draw(logits, u, **self._tempered) if self.given is None else self.given
-
-    def _belief(self, logits: Tensor, codes: Tensor) -> Tensor:
-        """Return the probability of codes; greedy drawing (0) is measured at temperature 1."""
-        return log_prob_of(logits, codes, temperature=self.temperature or 1.0).exp()
 
 
 def _check_given(given: Tensor | None, num_samples: int, shape: tuple[int, ...], k: int) -> None:
@@ -321,7 +319,7 @@ def edit(
         sample_index: `(b,)` long.
         seed: As in `refine`.
         alphabet_size: As in `refine`.
-        config: Steps, guidance, temperature.
+        config: Steps, guidance, temperature; steps cannot be adaptive.
         edit_config: Which elements may change.
         observer: Called with an `EditStep` after every step.
 
@@ -330,9 +328,12 @@ def edit(
         rows.
 
     Raises:
-        ValueError: If rows or codes do not match, or guidance lacks its null condition.
+        ValueError: If rows or codes do not match, guidance lacks its null condition, or steps are
+            adaptive.
     """
     _check_given(source_codes, len(sample_index), tuple(shape), alphabet_size)
+    if config.adaptive is not None:
+        raise ValueError("editing takes the same steps for all samples; set adaptive to null.")
     steps = config.steps()
     prompts = _prompts(
         generator,
@@ -344,7 +345,7 @@ def edit(
     )
     uniform = partial(counter_uniform, sample_index, seed=seed, shape=tuple(shape))
     editor = _Editor(
-        prompts, uniform, edit_config, temperature=config.temperature, given=source_codes
+        prompts, uniform, edit_config, given=source_codes, realised_time=config.realised_time
     )
     state, switch = editor.begin(alphabet_size), _switch_step(steps, edit_config.freeze_time)
     for step in steps:

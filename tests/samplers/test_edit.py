@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grn_lightning.samplers import RefineConfig, refine
 from grn_lightning.samplers.edit import EditConfig, EditResult, EditStep, edit
+from grn_lightning.samplers.stopping import AdaptiveSteps
 
 GRIDS = {"image": (4, 3), "video": (2, 3, 4)}
 ALL = EditConfig(position_threshold=-torch.inf, element_threshold=-torch.inf, lock_steps=0)
@@ -40,6 +41,7 @@ def run(
     observer: Any = None,
     scale: float = 2.0,
     edit_config: EditConfig | None = None,
+    settings: dict[str, Any] | None = None,
     **rules: Any,
 ) -> EditResult:
     return edit(
@@ -52,13 +54,13 @@ def run(
         sample_index=samples,
         seed=7,
         alphabet_size=k,
-        config=RefineConfig(num_steps=num_steps, guidance_scale=scale),
+        config=RefineConfig(num_steps=num_steps, guidance_scale=scale, **(settings or {})),
         edit_config=edit_config or EditConfig(**rules),
         observer=observer,
     )
 
 
-def plain(label: int, *, k: int, grid: str, scale: float = 2.0) -> Tensor:
+def plain(label: int, *, k: int, grid: str, scale: float = 2.0, **settings: Any) -> Tensor:
     return refine(
         hashing_generator(k),
         (2, *GRIDS[grid]),
@@ -67,7 +69,7 @@ def plain(label: int, *, k: int, grid: str, scale: float = 2.0) -> Tensor:
         sample_index=SAMPLES,
         seed=7,
         alphabet_size=k,
-        config=RefineConfig(num_steps=6, guidance_scale=scale),
+        config=RefineConfig(num_steps=6, guidance_scale=scale, **settings),
     ).codes
 
 
@@ -114,6 +116,21 @@ def test_without_thresholds_the_target_is_drawn_as_if_there_were_no_source(
     result = run(k=k, grid=grid, given=given, edit_config=ALL, scale=scale)
     assert result.codes.equal(plain(2, k=k, grid=grid, scale=scale))
     assert result.editable.all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"realised_time": True},
+        {"time_cap": 0.95, "schedule": "cosine"},
+        {"temperature": 0.0},
+        {"temperature": 1.3, "guidance_schedule": "power_cosine"},
+    ],
+)
+def test_steps_are_those_of_drawing(settings: dict[str, Any]) -> None:
+    result = run(edit_config=ALL, settings=settings)
+    assert result.codes.equal(plain(2, k=4, grid="image", **settings))
+    assert result.source.equal(plain(1, k=4, grid="image", **settings))
 
 
 @pytest.mark.parametrize(("k", "grid", "is_given"), CASES)
@@ -257,6 +274,11 @@ def test_codes_of_another_map_are_refused() -> None:
         run(given=torch.zeros(3, 2, 3, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"source_codes must be in \[0, 4\), got 0 to 7"):
         run(given=torch.arange(8).repeat(9).view(3, 2, 4, 3))
+
+
+def test_adaptive_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="set adaptive to null"):
+        run(settings={"adaptive": AdaptiveSteps(slope=1.0, offset=1.0, min_steps=6)})
 
 
 def test_guidance_without_a_null_condition_is_refused() -> None:
