@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
+from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -81,11 +82,18 @@ class StageModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from `optim`."""
+        return self.optimizer_of(self, self.optim)
+
+    def optimizer_of(
+        self, module: nn.Module, config: OptimConfig, *, first_sample: int = 0
+    ) -> OptimizerLRSchedulerConfig:
+        """Return optimizer and schedule of a part, whose training begins at `first_sample`."""
+        planned = self._planned_samples()
         return configure_optimizers(
-            self,
-            self.optim,
-            total_samples=self._planned_samples(),
-            samples_seen=lambda: self.samples_seen,
+            module,
+            config,
+            total_samples=None if planned is None else max(1, planned - first_sample),
+            samples_seen=lambda: max(0, self.samples_seen - first_sample),
         )
 
     def _planned_samples(self) -> int | None:
@@ -109,6 +117,11 @@ class StageModule(L.LightningModule, ABC):
             self.log("train/grad_norm", get_total_norm(grads))
             self.log("train/samples_seen", float(self.samples_seen))
 
+    @property
+    def _is_resuming(self) -> bool:
+        """Whether a checkpoint that is read now is one to go on training from."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the count."""
         checkpoint["samples_seen"] = self.samples_seen
@@ -128,6 +141,5 @@ class StageModule(L.LightningModule, ABC):
                 f"are {sorted(hyper_parameters)}. Resume from one that this stage has written."
             )
         self.samples_seen = checkpoint["samples_seen"]
-        is_resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if not is_resuming:
+        if not self._is_resuming:
             checkpoint["state_dict"] = averaged_state(checkpoint)

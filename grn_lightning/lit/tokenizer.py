@@ -5,6 +5,7 @@ of the discriminators on the same batch and on the reconstructions made before. 
 manual, with or without discriminators; what is counted is the tokenizer's updates (`stepping.py`).
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class LitTokenizer(StageModule):
     """
 
     averaged = ("tokenizer",)
+    lpips: LPIPS
 
     def __init__(
         self,
@@ -180,6 +182,8 @@ class LitTokenizer(StageModule):
         Raises:
             ValueError: If LPIPS is wanted and its weights are nowhere.
         """
+        # It advises to keep older weights; the ones after the step are those to be kept.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         if isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit" and self.loss.perceptual and not hasattr(self, "lpips"):
@@ -207,7 +211,7 @@ class LitTokenizer(StageModule):
         opponent = self.optimizer_of(
             self.adversary, config.optim, first_sample=config.start_samples
         )
-        return [tokenizer, opponent]  # type: ignore[return-value]  # pairs as dictionaries
+        return [tokenizer, opponent]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log nothing here: gradients have been clipped, and there may be two optimizers."""
@@ -244,18 +248,18 @@ class LitTokenizer(StageModule):
 
     def _losses(self, clips: Tensor, output: TokenizerOutput) -> dict[str, Tensor]:
         """Weighted terms of the loss by name."""
-        difference = output.reconstruction.float() - clips
-        terms = {
-            "l1": (self.loss.l1, difference.abs),
-            "l2": (self.loss.l2, difference.square),
+        config, difference = self.loss, output.reconstruction.float() - clips
+        losses = {}
+        if config.l1:
+            losses["l1"] = config.l1 * difference.abs().mean()
+        if config.l2:
+            losses["l2"] = config.l2 * difference.square().mean()
+        if config.commitment:
             # Detached: through the straight-through estimate the distance has no gradient.
-            "commitment": (
-                self.loss.commitment,
-                (output.z - output.z_hat.detach()).square,
-            ),
-            "perceptual": (self.loss.perceptual, lambda: self._lpips(clips, output)),
-        }
-        losses = {name: weight * term().mean() for name, (weight, term) in terms.items() if weight}
+            distance = (output.z - output.z_hat.detach()).square()
+            losses["commitment"] = config.commitment * distance.mean()
+        if config.perceptual:
+            losses["perceptual"] = config.perceptual * self._lpips(clips, output).mean()
         return losses | dict(output.auxiliary_terms)
 
     def _lpips(self, clips: Tensor, output: TokenizerOutput) -> Tensor:
@@ -315,9 +319,9 @@ class LitTokenizer(StageModule):
         assert self.adversarial is not None
         factor = torch.as_tensor(strength, device=self.device)
         if self.adversarial.is_adaptive:
-            last = self.tokenizer.decoder.head[-1].weight
-            sums = [torch.stack(list(t.values())).sum() for t in (losses, terms)]
-            factor = factor * adaptive_weight(*sums, last)
+            last = self.tokenizer.decoder.head[-1].get_parameter("weight")
+            others, judged = (torch.stack(list(t.values())).sum() for t in (losses, terms))
+            factor = factor * adaptive_weight(others, judged, last)
         self.log("gan/weight_factor", factor)
         return {f"adversarial_{name}": factor * term for name, term in terms.items()}
 

@@ -53,21 +53,33 @@ def test_samples_are_counted_over_all_devices(world_size):
     assert module.samples_seen == 6 * world_size
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_decay_ends_with_the_last_step(accumulate, digits, tmp_path):
+def test_a_decay_ends_with_the_last_step(digits, tmp_path):
     """The trainer's `max_steps` times samples per step, also with sources of different size."""
     config = tokenizer_config(
         tmp_path,
         digits,
         sources=[source(digits, "image", 6), source(digits, "video", 2)],
         init_args={"optim": {"lr": 1.0, "schedule": "linear", "name": "adamw"}},
-        trainer={"max_steps": 4, "accumulate_grad_batches": accumulate},
+        trainer={"max_steps": 4},
     )
     trainer = fit(tmp_path, config)
     module = trainer.lightning_module
     assert isinstance(module, LitTokenizer)
-    assert module._planned_samples() == module.samples_seen == 16 * accumulate
+    assert module._planned_samples() == module.samples_seen == 16
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.0, 0.0]
+
+
+def test_a_decay_counts_batches_whose_gradients_add_up(digits, tokenizer_run, tmp_path):
+    config = generator_config(
+        tmp_path, digits, tokenizer_run, kind="class",
+        init_args={"optim": {"lr": 1.0, "schedule": "linear", "name": "adamw"}},
+        trainer={"max_steps": 3, "accumulate_grad_batches": 2},
+    )  # fmt: skip
+    trainer = fit(tmp_path, config)
+    module = trainer.lightning_module
+    assert isinstance(module, LitGenerator)
+    assert module._planned_samples() == module.samples_seen == 3 * 2 * 4
+    assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {0.0}
 
 
 # --- seeding --------------------------------------------------------------------------------------
