@@ -9,7 +9,6 @@ devices nor on an interruption.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from grn_lightning.datasets.samples import Batch
@@ -17,7 +16,6 @@ from grn_lightning.functional import (
     Stream,
     accuracy_by_time,
     corrupt,
-    counter_uniform,
     keep_mask,
     logit_normal,
     random_codes,
@@ -25,20 +23,16 @@ from grn_lightning.functional import (
     token_accuracy,
     token_cross_entropy,
 )
-from grn_lightning.lit.base import StageModule, as_config, as_plain
-from grn_lightning.lit.cached import cached_condition, cached_elements, refuse_foreign_cache
-from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select, weights_hash
+from grn_lightning.lit.base import as_config, as_plain
+from grn_lightning.lit.cached import cached_elements
+from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select
+from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
-from grn_lightning.lit.tokenizer import Prediction, load_tokenizer
+from grn_lightning.lit.tokenizer import Prediction
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
-from grn_lightning.models.text_encoder import (
-    TextEncoder,
-    TextEncoderConfig,
-    build_text_encoder,
-)
-from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.text_encoder import TextEncoderConfig, build_text_encoder
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
 from grn_lightning.pipelines import Condition as Condition
 from grn_lightning.pipelines import GeneratorPipeline, check_text_channels
@@ -82,7 +76,7 @@ def _generator_config(value: Any) -> GRNClassConfig | GRNTextConfig:
     return value
 
 
-class LitGenerator(StageModule):
+class LitGenerator(CodeStage):
     """Trains a `GRNClass` on classes or a `GRNText` on captions; images and clips alike.
 
     Args:
@@ -99,9 +93,7 @@ class LitGenerator(StageModule):
     """
 
     averaged = ("generator", "text_encoder")
-    tokenizer: HBQTokenizer
     generator: GRNText | GRNClass
-    text_encoder: TextEncoder
 
     def __init__(
         self,
@@ -115,14 +107,18 @@ class LitGenerator(StageModule):
         cache_codes: bool = False,
         seed: int = 0,
     ):
-        super().__init__(optim=optim, seed=seed)
-        self.generator_config = _generator_config(generator)
+        config = _generator_config(generator)
+        is_text = isinstance(config, GRNTextConfig)
+        super().__init__(
+            tokenizer,
+            text_config=as_config(TextEncoderConfig, text_encoder) if is_text else None,
+            cache_codes=cache_codes,
+            optim=optim,
+            seed=seed,
+        )
+        self.generator_config = config
         self.corruption = as_config(CorruptionConfig, corruption)
-        self.tokenizer_path = tokenizer
-        self.is_text = isinstance(self.generator_config, GRNTextConfig)
-        self.text_config = as_config(TextEncoderConfig, text_encoder) if self.is_text else None
         self.init_from = init_from
-        self.cache_codes = cache_codes
         self.save_hyperparameters(
             {
                 "generator": as_plain(self.generator_config),
@@ -135,7 +131,6 @@ class LitGenerator(StageModule):
                 "seed": seed,
             }
         )
-        self._codes: dict[tuple[str, torch.Size], Tensor] = {}
         self.val_accuracy = TimeBinnedAccuracy()
 
     # --- building ---------------------------------------------------------------------------------
@@ -148,11 +143,8 @@ class LitGenerator(StageModule):
         """
         if hasattr(self, "generator"):
             return
-        tokenizer = load_tokenizer(self.tokenizer_path)
-        # A plain attribute: no submodule, so neither checkpoints nor strategies see it.
-        object.__setattr__(self, "tokenizer", tokenizer)
-        self.tokenizer_hash = weights_hash(tokenizer)
-        self.target = target_of(self.generator_config, tokenizer.config)
+        self._adopt_tokenizer()
+        self.target = target_of(self.generator_config, self.tokenizer.config)
         if isinstance(self.generator_config, GRNTextConfig):
             assert self.text_config is not None
             self.text_encoder = build_text_encoder(self.text_config)
@@ -163,57 +155,10 @@ class LitGenerator(StageModule):
         if self.init_from is not None:
             self._load_weights(averaged_state(read_checkpoint(self.init_from)))
 
-    def on_fit_start(self) -> None:
-        """Refuse a memory that would mix samples up, and what other networks have cached.
-
-        Raises:
-            ValueError: If samples of `cache_codes` are augmented, or may share a key and a size; or
-                if cached codes or text features are not those of the networks at hand.
-        """
-        refuse_foreign_cache(
-            getattr(self.trainer, "datamodule", None),
-            tokenizer_hash=self.tokenizer_hash,
-            text_encoder=self.text_encoder if self.is_text else None,
-        )
-        sources = getattr(getattr(self.trainer, "datamodule", None), "sources", [])
-        if not self.cache_codes:
-            return
-        if any(source.horizontal_flip or source.random_window for source in sources):
-            raise ValueError(
-                "`cache_codes` must be false where `horizontal_flip` or `random_window` is set: "
-                "a sample would be remembered as it was seen first."
-            )
-        media = [source.media for source in sources]
-        if len(set(media)) < len(media):
-            raise ValueError(
-                f"`cache_codes` must be false with several sources of one medium, got {media}: "
-                "samples are remembered by key, and two sources may use the same."
-            )
-
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         self.generator.load_state_dict(select(state, "generator"))
         if self.is_text:
             self.text_encoder.load_state_dict(select(state, "text_encoder"))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the count and which tokenizer the codes come from."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["tokenizer_hash"] = self.tokenizer_hash
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count; refuse another tokenizer.
-
-        Raises:
-            ValueError: If the tokenizer at hand is not the one of the checkpoint.
-        """
-        super().on_load_checkpoint(checkpoint)
-        self.configure_model()
-        if checkpoint["tokenizer_hash"] != self.tokenizer_hash:
-            raise ValueError(
-                f"the checkpoint was trained on codes of tokenizer {checkpoint['tokenizer_hash']}, "
-                f"but '{self.tokenizer_path}' holds tokenizer {self.tokenizer_hash}. Set "
-                "`model.tokenizer` to the former's checkpoint, or start a new run."
-            )
 
     # --- codes and conditions ---------------------------------------------------------------------
 
@@ -232,62 +177,23 @@ class LitGenerator(StageModule):
         """Map elements `(b, c, *grid)` to clips `(b, 3, f, h, w)`, clamped to [-1, 1]."""
         return self.pipeline.detokenize(elements)
 
-    def _elements(self, batch: Batch) -> Tensor:
-        """Elements of a batch of clips or of cached codes."""
-        if "codes" in batch:
-            return cached_elements(batch, self.pipeline, tokenizer_hash=self.tokenizer_hash)
-        return self.tokenize(batch["clips"])
+    def _elements_of_codes(self, batch: Batch) -> Tensor:
+        return cached_elements(batch, self.pipeline, tokenizer_hash=self.tokenizer_hash)
 
-    def _training_elements(self, batch: Batch) -> Tensor:
-        """Elements of a training batch, remembered by key and size if `cache_codes`."""
-        if "codes" in batch:
-            return self._elements(batch)
-        clips = batch["clips"]
-        if not self.cache_codes:
-            return self.tokenize(clips)
-        names = [(key, clips.shape[2:]) for key in batch["keys"]]  # stills and films may share keys
-        if any(name not in self._codes for name in names):
-            elements = self.tokenize(clips)
-            small = torch.uint8 if self.generator_config.alphabet_size <= 256 else torch.int32
-            self._codes.update(zip(names, elements.to(small).cpu(), strict=True))
-            return elements
-        return torch.stack([self._codes[name] for name in names]).long().to(self.device)
-
-    def condition(self, batch: Any, dropped: Tensor | None = None) -> Condition:
-        """Return what a batch's samples are generated from.
-
-        Args:
-            batch: With `captions` for a `GRNText`, `class_labels` for a `GRNClass`.
-            dropped: `(b,)` bool, True where the condition is replaced by the null condition.
-
-        Raises:
-            ValueError: If the batch lacks them.
-        """
-        if self.is_text and "text_embeds" in batch:
-            return cached_condition(batch, dropped, lambda: self.null_condition(1))
-        field = "captions" if self.is_text else "class_labels"
-        if field not in batch:
-            option = "with_captions" if self.is_text else "with_classes"
-            raise ValueError(f"batches have no {field!r}; set `data.{option}: true`.")
-        if dropped is not None:
-            batch = {field: self._drop(batch[field], dropped)}
+    def _encode_condition(self, batch: Any) -> Condition:
         return self.pipeline.condition(batch)
 
-    def _drop(self, values: Any, dropped: Tensor) -> Any:
-        """Replace classes by the null class, captions by the empty text."""
-        if isinstance(self.generator_config, GRNClassConfig):
-            return values.masked_fill(dropped, self.generator_config.num_classes)
-        pairs = zip(values, dropped.tolist(), strict=True)
-        return ["" if is_dropped else caption for caption, is_dropped in pairs]
+    @property
+    def null_class(self) -> int:
+        """Class that stands for none."""
+        assert isinstance(self.generator_config, GRNClassConfig)
+        return self.generator_config.num_classes
 
     def null_condition(self, batch_size: int) -> Condition:
         """Return the condition of the unconditional branch: the null class, or the empty text."""
         return self.pipeline.null_condition(batch_size)
 
     # --- training ---------------------------------------------------------------------------------
-
-    def _uniform(self, sample_index: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
-        return counter_uniform(sample_index, seed=self.seed, step=0, stream=stream, shape=shape)
 
     def _predict(
         self, x_1: Tensor, index: Tensor, batch: Batch, dropout: float
