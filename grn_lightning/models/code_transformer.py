@@ -103,6 +103,26 @@ class CodeTransformerConfig:
         return self.grid_size[0] * self.grid_size[1]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """What is chosen freely of a `CodeTransformer`; the rest follows from codes and conditions."""
+
+    depth: int
+    """See `CodeTransformerConfig`, here and below."""
+    width: int
+    """Width of the tokens."""
+    num_heads: int
+    """Attention heads."""
+    mlp_width: int | None = None
+    """Width of the gated product."""
+    prefix_rotation: Literal["zero", "identity"] = "zero"
+    """How tokens of the condition are rotated."""
+    channel_depth: int = 0
+    """Blocks over the channels of a position."""
+    dropout: float = 0.1
+    """Dropout rate."""
+
+
 class KVCache(NamedTuple):
     """Keys and values of all tokens so far; room for a whole sequence is taken at once."""
 

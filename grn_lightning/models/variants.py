@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from grn_lightning.models.code_transformer import BackboneConfig
 from grn_lightning.models.grn_class import GRNClassConfig
 from grn_lightning.models.grn_text import GRNTextConfig
 from grn_lightning.models.tokenizer import TokenizerConfig
+from grn_lightning.models.vq_tokenizer import VQTokenizerConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -77,6 +79,10 @@ def _grn_text(
     )
 
 
+def _backbone(depth: int, width: int, num_heads: int, **rest: Any) -> BackboneConfig:
+    return BackboneConfig(depth=depth, width=width, num_heads=num_heads, **rest)
+
+
 # fmt: off
 
 # The published tokenizers differ in latent width only: 16 for images, 64 for images and video
@@ -118,4 +124,26 @@ GRN_TEXT: dict[str, GRNTextConfig] = {
     "8b":         _grn_text((256, 2), (36,  4096, 32), 12288,         6, "full"),
     "8b-grouped": _grn_text((256, 2), (36,  4096, 32), 16384,         6, "full", **_GROUPED),
     "digits-t2v": _grn_text(( 48, 2), ( 6,   128,  4),   384,         2, "prefix", **_TINY_TEXT),
+}
+
+# Causal and bidirectional transformers of coarse-to-fine prediction, as in LlamaGen
+# (arXiv 2406.06525); the paper's second stage is "L". "digits" is ours.
+BACKBONES: dict[str, BackboneConfig] = {
+    #                  depth width heads
+    "B":      _backbone(12,  768, 12),
+    "L":      _backbone(24, 1024, 16),
+    "XL":     _backbone(36, 1280, 20),
+    "XXL":    _backbone(48, 1536, 24),
+    "3B":     _backbone(24, 3200, 32),
+    "digits": _backbone( 6,  128,  4, dropout=0.0),
+}
+
+# LlamaGen's image tokenizers with 16 and 8 pixels per position; "digits" is ours.
+VQ_TOKENIZERS: dict[str, VQTokenizerConfig] = {
+    "vq-16":     VQTokenizerConfig(),
+    "vq-8":      VQTokenizerConfig(width_multipliers=(1, 2, 2, 4)),
+    "vq-digits": VQTokenizerConfig(
+        codebook_size=512, width=32, width_multipliers=(1, 2, 2, 2), num_res_blocks=1,
+        latent_width=64,
+    ),
 }

@@ -64,7 +64,12 @@ class VQTokenizerConfig:
         return 1
 
     @property
-    def latent_channels(self) -> int:
+    def has_codes(self) -> bool:
+        """Whether pictures become integers."""
+        return True
+
+    @property
+    def code_channels(self) -> int:
         """Codes per position."""
         return 1
 

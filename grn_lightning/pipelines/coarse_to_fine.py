@@ -42,10 +42,7 @@ class CoarseToFineDrawn:
 
 def code_sizes(tokenizer: HBQTokenizer | VQTokenizer) -> MapSizes:
     """Return channels and values of a tokenizer's codes."""
-    config = tokenizer.config
-    if isinstance(tokenizer, VQTokenizer):
-        return MapSizes(1, tokenizer.config.codebook_size)
-    return MapSizes(config.latent_channels, 2**config.num_rounds)  # type: ignore[union-attr]
+    return MapSizes(tokenizer.config.code_channels, tokenizer.config.alphabet_size)
 
 
 def check_sizes(
