@@ -23,13 +23,19 @@ TRAINER_COMMANDS = {
     "predict": "predict with a checkpoint",
 }
 
-# Each is a function of the same name in the module of that name in grn_lightning.scripts.
+# Each is a function of the same name in the module of that name in grn_lightning.scripts; two words
+# are joined by an underscore there.
 TOOLS = {
     "digits": "write the embedded data set of moving handwritten digits",
     "shards": "pack a folder of images or videos into WebDataset shards",
+    "encode": "encode shards with a tokenizer, to train generators from codes",
     "sample": "draw images or videos from a trained generator",
+    "edit": "inpaint, outpaint, extend, vary or swap prompts of given or drawn pictures and clips",
+    "replay": "make a picture or clip again from what it says about itself",
     "evaluate": "judge a trained tokenizer or generator on held-out data",
+    "export": "write a trained network as one safetensors file and one JSON",
     "convert": "turn published weights into an export, and back",
+    "bench quantizers": "train HBQ and its alternatives at equal bits, and compare them",
     "report": "write a self-contained HTML report of trained runs",
 }
 
@@ -89,6 +95,7 @@ def _options_of(name: str) -> list[str]:
 
 
 def _tool(name: str) -> Callable[..., Any]:
+    name = name.replace(" ", "_")
     return getattr(import_module(f"grn_lightning.scripts.{name}"), name)
 
 
@@ -131,14 +138,16 @@ def main() -> Any:
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(help_text() + "\n")
         return None
-    name = args[0]
+    num_words = 2 if " ".join(args[:2]) in TOOLS else 1
+    name = " ".join(args[:num_words])
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         if name in TRAINER_COMMANDS:
             return _run_trainer()
         if name in TOOLS:
-            return _run_tool(name, args[1:])
-        near = get_close_matches(name, [*TRAINER_COMMANDS, *TOOLS], n=1)
+            return _run_tool(name, args[num_words:])
+        longer = [tool for tool in TOOLS if tool.startswith(f"{name} ")]
+        near = longer or get_close_matches(name, [*TRAINER_COMMANDS, *TOOLS], n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`grn --help` lists the commands."
         raise ValueError(f"there is no command '{name}'; {hint}")
     except (ArgumentError, OmegaConfBaseException, FileNotFoundError, ValueError) as error:
