@@ -7,7 +7,7 @@ their own. Every codec runs on one thread; workers give the parallelism.
 
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -266,13 +266,13 @@ def _as_clip(clip: Tensor) -> np.ndarray:
 
 def _write_mp4(
     file: str | io.BytesIO,
-    frames: np.ndarray,
+    chunks: Iterable[np.ndarray],
     rate: Fraction,
     *,
     crf: int | None,
     note: str | None,
-) -> None:
-    """Encode ``(f, h, w, 3)``; ``crf=None`` stores RGB without loss."""
+) -> int:
+    """Encode frames ``(f, h, w, 3)`` as they come; ``crf=None`` stores RGB without loss."""
     lossless = crf is None
     layout = "rgb24" if lossless else "yuv420p"
     codec: Literal["libx264", "libx264rgb"] = "libx264rgb" if lossless else "libx264"
@@ -284,18 +284,23 @@ def _write_mp4(
             container.metadata["comment"] = note
         options = {"crf": str(crf or 0)} | _NO_MACROBLOCK_TREE
         stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], layout
+        stream.pix_fmt = layout
         context = stream.codec_context
         context.thread_count = 1
         if not lossless:
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _LIMITED_RANGE
-        for pixels in frames:
+        count = 0
+        for pixels in (pixels for frames in chunks for pixels in frames):
+            if count == 0:
+                stream.height, stream.width = pixels.shape[:2]
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if not lossless:
                 frame = convert.reformat(frame, format=layout, **colors, **_ONE_THREAD)
             container.mux(stream.encode(frame))
+            count += 1
         container.mux(stream.encode(None))
+    return count
 
 
 def encode_mp4(
@@ -322,20 +327,65 @@ def encode_mp4(
     Raises:
         ValueError: If the clip is not uint8 ``(f, 3, h, w)``, or ``crf`` is out of range.
     """
+    _check_crf(crf)
+    frames, rate = _as_clip(clip), _rate(fps)
+    if lossless:
+        buffer = io.BytesIO()
+        _write_mp4(buffer, [frames], rate, crf=None, note=note)
+        return buffer.getvalue()
+    with tempfile.TemporaryDirectory() as folder:  # the index can only be moved within a file
+        path = Path(folder, "clip.mp4")
+        _write_mp4(str(path), [_even(frames)], rate, crf=crf, note=note)
+        return path.read_bytes()
+
+
+def write_mp4(
+    file: Path, chunks: Iterable[Tensor], *, fps: float, crf: int = 18, note: str | None = None
+) -> int:
+    """Encode a clip that arrives in pieces as H.264 in MP4, with one piece in memory at a time.
+
+    The bytes are those of `encode_mp4` of the whole clip.
+
+    Args:
+        file: Where to write; a new file, which appears when it is complete.
+        chunks: Consecutive frames, uint8 ``(f, 3, h, w)``.
+        fps: Frames per second.
+        crf: Quality, as in `encode_mp4`.
+        note: As in `encode_mp4`.
+
+    Returns:
+        Number of frames.
+
+    Raises:
+        FileExistsError: If the file is there already.
+        ValueError: If a chunk is not uint8 ``(f, 3, h, w)``, there is none, or ``crf`` is out of
+            range.
+    """
+    _check_crf(crf)
+    if file.exists():
+        raise FileExistsError(f"'{file}' exists and is not overwritten.")
+    part = file.with_name(f".{file.name}.part")
+    try:
+        frames = (_even(_as_clip(chunk)) for chunk in chunks)
+        if not (count := _write_mp4(str(part), frames, _rate(fps), crf=crf, note=note)):
+            raise ValueError("a clip must have at least one frame, got none.")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def _check_crf(crf: int) -> None:
     if not 1 <= crf <= 51:
         raise ValueError(
             f"crf must be from 1 to 51, got {crf}; use lossless=True for exact pixels."
         )
-    frames, rate = _as_clip(clip), _rate(fps)
-    if lossless:
-        buffer = io.BytesIO()
-        _write_mp4(buffer, frames, rate, crf=None, note=note)
-        return buffer.getvalue()
+
+
+def _even(frames: np.ndarray) -> np.ndarray:
+    """Repeat the last row or column of ``(f, h, w, 3)`` where their number is odd."""
     odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
-    with tempfile.TemporaryDirectory() as folder:  # the index can only be moved within a file
-        path = Path(folder, "clip.mp4")
-        _write_mp4(str(path), np.pad(frames, odd, mode="edge"), rate, crf=crf, note=note)
-        return path.read_bytes()
+    return np.pad(frames, odd, mode="edge")
 
 
 def _shared_palette(frames: np.ndarray) -> Image.Image:

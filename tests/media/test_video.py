@@ -1,6 +1,7 @@
 """Frames are found by the time they are on screen, in files made here and in real ones."""
 
 import io
+import weakref
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from grn_lightning.media.video import decode_video, encode_gif, encode_mp4, probe_video
+from grn_lightning.media.video import (
+    decode_video,
+    encode_gif,
+    encode_mp4,
+    probe_video,
+    write_mp4,
+)
 
 
 def _numbered(num_frames: int, size: int = 32) -> Tensor:
@@ -276,3 +283,47 @@ def test_real_files_give_every_frame_and_every_second_one(media: Path) -> None:
     small = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     small = torch.nn.functional.interpolate(small, (60, 106), mode="bicubic", antialias=True)
     assert (small - part.float()).abs().mean() < 2
+
+
+# --- a clip that arrives in pieces ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(24, 32), (23, 31)])
+def test_a_clip_in_pieces_is_the_same_file(size, tmp_path: Path) -> None:
+    clip = torch.randint(256, (9, 3, *size), dtype=torch.uint8)
+    for number, lengths in enumerate(((1, 4, 4), (9,), (3, 3, 3))):
+        file = tmp_path / f"{number}.mp4"
+        assert write_mp4(file, clip.split(list(lengths)), fps=8, note="how") == 9
+        assert file.read_bytes() == encode_mp4(clip, fps=8, note="how")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.mp4", "1.mp4", "2.mp4"]
+
+
+def test_one_piece_is_asked_for_at_a_time(tmp_path: Path) -> None:
+    """Frames are encoded before the next piece is made."""
+    alive: list[weakref.ref] = []
+
+    def pieces():
+        for _ in range(4):
+            assert sum(piece() is not None for piece in alive) <= 1
+            piece = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+            alive.append(weakref.ref(piece))
+            yield piece
+            del piece
+
+    assert write_mp4(tmp_path / "clip.mp4", pieces(), fps=8) == 16
+
+
+def test_a_clip_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    def pieces():
+        yield torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        write_mp4(tmp_path / "clip.mp4", pieces(), fps=8)
+    with pytest.raises(ValueError, match="at least one frame, got none"):
+        write_mp4(tmp_path / "clip.mp4", [], fps=8)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "clip.mp4").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="is not overwritten"):
+        write_mp4(tmp_path / "clip.mp4", pieces(), fps=8)
+    assert (tmp_path / "clip.mp4").read_bytes() == b"mine"
