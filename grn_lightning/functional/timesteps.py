@@ -150,10 +150,11 @@ def step_grid(
         count = num_remaining - is_capped
         left = torch.arange(1, count + 1, dtype=torch.float64) * (intervals - decision_step)
         paces = torch.cat([paces[: decision_step + 1], decision_step + left / max(1, count)])
-    grid = cap * bend(paces / max(1, intervals), schedule=schedule, alpha=alpha)
+    u = paces / max(1, intervals)
+    grid = cap * bend(u, schedule=schedule, alpha=alpha)
+    grid[u == 1] = cap  # exactly
     if is_capped:
         grid = torch.cat([grid, grid.new_ones(1)])
-    grid[-1] = 1.0
     if not (grid.diff() > 0).all():
         raise ValueError(
             f"num_steps={num_steps} with alpha={alpha} makes steps of no length; choose alpha "

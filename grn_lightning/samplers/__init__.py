@@ -14,6 +14,10 @@ from grn_lightning.samplers.edit import EditConfig as EditConfig
 from grn_lightning.samplers.edit import EditResult as EditResult
 from grn_lightning.samplers.edit import EditStep as EditStep
 from grn_lightning.samplers.edit import edit as edit
+from grn_lightning.samplers.presets import PRESETS as PRESETS
+from grn_lightning.samplers.presets import get_preset as get_preset
+from grn_lightning.samplers.queue import RefinedSample as RefinedSample
+from grn_lightning.samplers.queue import refine_queue as refine_queue
 from grn_lightning.samplers.refine import refine as refine
 from grn_lightning.samplers.results import ForwardCount as ForwardCount
 from grn_lightning.samplers.results import Generator as Generator

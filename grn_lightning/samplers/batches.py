@@ -7,7 +7,10 @@ from functools import partial
 from torch import Tensor
 
 from grn_lightning.samplers.conditions import Condition, expand_rows, select_rows
-from grn_lightning.samplers.refine import Generator, RefineConfig, RefineResult, StepInfo, refine
+from grn_lightning.samplers.config import RefineConfig
+from grn_lightning.samplers.constraints import Constraint
+from grn_lightning.samplers.refine import refine
+from grn_lightning.samplers.results import Generator, RefineResult, StepInfo
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class RefinedBatch:
     """Codes, forwards and entropies of this part."""
 
 
-def _rows_of(condition: Condition, num_samples: int) -> Callable[[slice], Condition]:
+def rows_of(condition: Condition, num_samples: int) -> Callable[[slice], Condition]:
+    """Return what takes a slice of a condition of `num_samples` rows, or of one that serves all."""
     return partial(select_rows, expand_rows(condition, num_samples))
 
 
@@ -43,6 +47,7 @@ def refine_in_batches(
     config: RefineConfig,
     max_batch: int,
     observer: Callable[[StepInfo], None] | None = None,
+    constraint: Constraint | None = None,
 ) -> Iterator[RefinedBatch]:
     """Draw any number of samples, a bounded number at a time.
 
@@ -61,6 +66,7 @@ def refine_in_batches(
         config: As in `refine`.
         max_batch: Most samples in one part; guided calls have twice as many rows.
         observer: As in `refine`, for every step of every part.
+        constraint: As in `refine`, `n` rows or one.
 
     Returns:
         An iterator with one `RefinedBatch` per part, in order.
@@ -71,8 +77,8 @@ def refine_in_batches(
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}.")
     num_samples = len(sample_index)
-    condition_of = condition if callable(condition) else _rows_of(condition, num_samples)
-    null_of = None if null_condition is None else _rows_of(null_condition, num_samples)
+    condition_of = condition if callable(condition) else rows_of(condition, num_samples)
+    null_of = None if null_condition is None else rows_of(null_condition, num_samples)
 
     def part(start: int) -> RefinedBatch:
         rows = slice(start, min(start + max_batch, num_samples))
@@ -86,6 +92,7 @@ def refine_in_batches(
             alphabet_size=alphabet_size,
             config=config,
             observer=observer,
+            constraint=None if constraint is None else constraint.select_part(rows),
         )
         return RefinedBatch(rows.start, rows.stop, num_samples, result)
 

@@ -96,9 +96,12 @@ class Constraint:
             )
         return replace(self, **parts)
 
-    def select_rows(self, rows: slice | Tensor) -> Self:
-        """Take some samples; `rows` is a slice, indices or a mask."""
-        return replace(self, known_codes=self.known_codes[rows], known_mask=self.known_mask[rows])
+    def select_part(self, rows: slice) -> Self:
+        """Take some samples of a longer job; what serves all of them stays as it is."""
+        codes, mask = (
+            part if len(part) == 1 else part[rows] for part in (self.known_codes, self.known_mask)
+        )
+        return replace(self, known_codes=codes, known_mask=mask)
 
     def begin(self, x_0: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first input, its complete sample and which elements come from it.

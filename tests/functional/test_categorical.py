@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from grn_lightning.functional.categorical import draw, entropy, log_prob_of, log_probs
+from grn_lightning.functional.categorical import (
+    draw,
+    entropy,
+    log_prob_of,
+    log_probs,
+    mean_entropy,
+)
 
 INF = math.inf
 HUGE = 3.4e38
@@ -191,3 +197,33 @@ def test_a_gpu_never_draws_the_impossible_and_agrees_with_the_cpu(k):
         drawn = draw(logits.cuda(), v.cuda()).cpu()
         assert log_prob_of(logits, drawn).isfinite().all()
     assert (draw(logits.cuda(), u.cuda()).cpu() == draw(logits, u)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_the_mean_entropy_does_not_depend_on_order_or_batch(k: int) -> None:
+    logits = torch.randn(3, 40, 7, k, generator=torch.Generator().manual_seed(0)) * 4
+    mean = mean_entropy(logits)
+    torch.testing.assert_close(mean, entropy(logits).flatten(1).mean(1), atol=1e-6, rtol=0)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(mean_entropy(logits[:, order]), mean)
+    assert torch.equal(mean_entropy(logits[1:2]), mean[1:2])
+
+
+@pytest.mark.parametrize("k", [2, 3, 16])
+def test_the_entropy_is_that_of_the_definition(k: int) -> None:
+    logits = torch.randn(500, k, generator=torch.Generator().manual_seed(0)) * 30
+    logits[0, 1:] = -torch.inf
+    p = torch.softmax(logits.double(), -1)
+    expected = torch.special.entr(p).sum(-1) / math.log(k)
+    torch.testing.assert_close(entropy(logits).double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("k", [2, 6])
+def test_every_sample_can_have_its_temperature(k: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, u = torch.randn(3, 50, k, generator=rng), torch.rand(3, 50, generator=rng)
+    temperatures = torch.tensor([0.3, 1.0, 2.0])
+    together = draw(logits, u, temperature=temperatures)
+    for row, temperature in enumerate(temperatures.tolist()):
+        alone = draw(logits[row : row + 1], u[row : row + 1], temperature=temperature)
+        assert torch.equal(together[row : row + 1], alone)

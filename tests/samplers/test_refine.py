@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grn_lightning.functional import counter_uniform, draw, keep_mask, random_codes
 from grn_lightning.functional.random import Stream
-from grn_lightning.samplers import RefineConfig, RefineResult, StepInfo, refine
+from grn_lightning.samplers import AdaptiveSteps, RefineConfig, RefineResult, StepInfo, refine
 
 GRIDS = {"line": (5,), "image": (4, 3), "video": (2, 3, 4)}
 INTERVAL = {"guidance_scale": 2.35, "guidance_schedule": "interval"}
@@ -210,15 +210,48 @@ def test_the_entropy_is_that_of_the_condition_before_guidance_and_temperature() 
     torch.testing.assert_close(result.entropy, bits.expand(3, 2))
 
 
-def test_samples_follow_the_distribution_of_the_generator() -> None:
-    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("p", [(0.1, 0.2, 0.3, 0.4), (0.3, 0.7)])
+@pytest.mark.parametrize("grid", ["image", "video"])
+def test_a_generator_that_ignores_its_input_yields_its_marginal(p: tuple, grid: str) -> None:
+    chances, count = torch.tensor(p), 400
 
     def generator(codes: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return p.log().expand(*codes.shape, 4)
+        return chances.log().expand(*codes.shape, len(p))
 
-    codes = run(generator, samples=list(range(500)), num_steps=2).codes
-    shares = torch.bincount(codes.flatten(), minlength=4) / codes.numel()
-    assert ((shares - p).abs() <= 5 * (p * (1 - p) / codes.numel()).sqrt()).all()
+    settings = {"k": len(p), "num_steps": 12, "schedule": "cosine", "time_cap": 0.95}
+    codes = run(generator, samples=list(range(count)), grid=grid, **settings).codes
+    # One test per element and one for all; elements and samples are independent.
+    counts = torch.nn.functional.one_hot(codes, len(p)).sum(0).double()
+    for observed in (counts, counts.flatten(0, -2).sum(0)):
+        expected = observed.sum(-1, keepdim=True) * chances.double()
+        chi_square = ((observed - expected) ** 2 / expected).sum()
+        degrees = (len(p) - 1) * observed[..., 0].numel()
+        tail = torch.special.gammaincc(
+            torch.tensor(degrees / 2, dtype=torch.float64), chi_square / 2
+        )
+        assert 1e-4 < tail < 1 - 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_steps": 1},
+        {"num_steps": 12, "schedule": "cosine", "time_cap": 0.999, "realised_time": True},
+        {"adaptive": AdaptiveSteps(slope=0.0, offset=4.0, decision_step=2, min_steps=3)},
+        {"num_steps": 300, "adaptive": AdaptiveSteps(slope=0.0, offset=295.0, min_steps=20)},
+    ],
+)
+def test_no_element_of_the_answer_is_left_from_the_random_map(settings: dict) -> None:
+    index = torch.arange(4)
+    u = counter_uniform(index, seed=7, step=0, stream=Stream.INITIAL, shape=(2, 4, 3))
+    x_0 = random_codes(u, alphabet_size=4)
+
+    def contrary(codes: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        is_start = torch.nn.functional.one_hot(x_0[rows], 4) == 1
+        return torch.where(is_start, -torch.inf, 0.0)
+
+    codes = run(contrary, samples=index.tolist(), condition=index, **settings).codes
+    assert (codes != x_0).all()
 
 
 def test_temperature_zero_takes_the_most_likely_value() -> None:
