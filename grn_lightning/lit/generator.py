@@ -25,14 +25,21 @@ from grn_lightning.functional import (
 )
 from grn_lightning.lit.base import as_config, as_plain
 from grn_lightning.lit.cached import cached_elements
-from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select
+from grn_lightning.lit.checkpoints import (
+    averaged_state,
+    read_checkpoint,
+    select,
+    trained_state,
+)
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.tokenizer import Prediction
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
-from grn_lightning.models.text_encoder import TextEncoderConfig, build_text_encoder
+from grn_lightning.models.pretrained import Pretrained, is_export, read_pretrained
+from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
+from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
 from grn_lightning.pipelines import Condition as Condition
 from grn_lightning.pipelines import GeneratorPipeline, check_text_channels
@@ -86,7 +93,7 @@ class LitGenerator(CodeStage):
         corruption: Time distribution and condition dropout.
         optim: Optimizer and schedule.
         init_from: Checkpoint or run folder of another generator run whose averaged weights are
-            the start; null starts from random weights.
+            the start, or an export; null starts from random weights.
         cache_codes: Keep the codes of every training sample in memory, by its key. For sets that
             fit and are not augmented.
         seed: Seed of all noise.
@@ -153,12 +160,28 @@ class LitGenerator(CodeStage):
         else:
             self.generator = GRNClass(self.generator_config)
         if self.init_from is not None:
-            self._load_weights(averaged_state(read_checkpoint(self.init_from)))
+            self._load_weights(trained_state(self.init_from))
+
+    def adopt(self, generator: GRNText | GRNClass, text_encoder: TextEncoder | None) -> None:
+        """Take over networks that exist, in place of `configure_model`, and load the tokenizer.
+
+        Raises:
+            ValueError: If tokenizer, generator and text encoder do not fit one another.
+        """
+        self._adopt_tokenizer()
+        self.target = target_of(self.generator_config, self.tokenizer.config)
+        if isinstance(self.generator_config, GRNTextConfig):
+            if text_encoder is None:
+                raise ValueError("a text-conditional generator needs its text encoder.")
+            check_text_channels(self.generator_config, text_encoder)
+            self.text_encoder = text_encoder
+        self.generator = generator
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         self.generator.load_state_dict(select(state, "generator"))
-        if self.is_text:
-            self.text_encoder.load_state_dict(select(state, "text_encoder"))
+        text = select(state, "text_encoder")
+        if self.is_text and text:  # an export leaves out encoders that were not trained
+            self.text_encoder.load_state_dict(text)
 
     # --- codes and conditions ---------------------------------------------------------------------
 
@@ -324,13 +347,16 @@ def load_generator(path: str | Any, *, tokenizer: str | None = None) -> LitGener
     """Return a trained generator with averaged weights, its tokenizer and text encoder.
 
     Args:
-        path: Checkpoint of a `LitGenerator`, or the folder of its run.
-        tokenizer: Where its tokenizer lies, if not where it lay in training.
+        path: Checkpoint of a `LitGenerator`, the folder of its run, or an export.
+        tokenizer: Where its tokenizer lies, if not where it lay in training; that of an export is
+            looked for in the same folder.
 
     Raises:
         ValueError: If there is no checkpoint, it is one of another kind, or its tokenizer is gone
             or another one.
     """
+    if is_export(path):
+        return _load_exported(read_pretrained(path), tokenizer)
     checkpoint = read_checkpoint(path)
     hyper_parameters = dict(checkpoint.get("hyper_parameters", {}))
     if "generator" not in hyper_parameters:
@@ -344,4 +370,32 @@ def load_generator(path: str | Any, *, tokenizer: str | None = None) -> LitGener
     module = LitGenerator(**hyper_parameters)
     module.on_load_checkpoint(checkpoint)
     module._load_weights(averaged_state(checkpoint))
+    return module.eval().requires_grad_(False)
+
+
+def _load_exported(pretrained: Pretrained, tokenizer: str | None) -> LitGenerator:
+    """Build the stage around the mapped tensors of an export."""
+    config = pretrained.config()
+    if isinstance(config, TokenizerConfig):
+        raise ValueError(f"'{pretrained.file}' is an export of a tokenizer, not of a generator.")
+    found = tokenizer or pretrained.tokenizer_beside()
+    if found is None:
+        which = pretrained.tokenizer_hash or "that nobody noted"
+        raise ValueError(
+            f"'{pretrained.file}' was trained on codes of tokenizer {which}, and no export in "
+            f"'{pretrained.file.parent}' is known to be that one; say where it lies by `tokenizer`."
+        )
+    text = pretrained.info["config"].get("text_encoder")
+    if text is None and isinstance(config, GRNTextConfig):
+        raise ValueError(
+            f"'{pretrained.file}' names no text encoder; convert the weights again with "
+            "`--text_encoder`."
+        )
+    module = LitGenerator(config, str(found), text_encoder=text)
+    module.adopt(pretrained.network(), pretrained.text_encoder())  # type: ignore[arg-type]
+    if pretrained.tokenizer_hash not in (None, module.tokenizer_hash):
+        raise ValueError(
+            f"'{pretrained.file}' was trained on codes of tokenizer {pretrained.tokenizer_hash}, "
+            f"but '{found}' holds tokenizer {module.tokenizer_hash}. Give the former."
+        )
     return module.eval().requires_grad_(False)

@@ -43,6 +43,7 @@ from grn_lightning.models.sizes import (
     misfit,
     nearest_variant,
 )
+from grn_lightning.models.text_encoder import TextEncoderConfig
 from grn_lightning.models.tokenizer import TokenizerConfig
 
 Layout = Literal[
@@ -304,6 +305,7 @@ def convert_official(
     variant: str = "auto",
     hints: SizeHints | None = None,
     tokenizer: TokenizerReference | None = None,
+    text_encoder: TextEncoderConfig | None = None,
 ) -> Conversion:
     """Write an export of a published checkpoint; tensors keep their type, bit by bit.
 
@@ -313,6 +315,7 @@ def convert_official(
         variant: See `identify`.
         hints: What the caller knows; goes before what the file's name and arguments tell.
         tokenizer: The tokenizer of a generator; its hash enters the export.
+        text_encoder: The text encoder of a text-conditional generator; the export names it.
 
     Raises:
         ValueError: If the tensors do not fit, or `out` exists.
@@ -327,6 +330,8 @@ def convert_official(
     kind = "tokenizer" if guess.family == "tokenizer" else "generator"
     network = assign(lambda: NETWORKS[guess.family](guess.config), source.tensors)
     info: dict[str, Any] = {"kind": kind, "config": {kind: guess.config}}
+    if guess.family == "text":
+        info["config"]["text_encoder"] = text_encoder
     if kind == "generator":
         info["tokenizer_hash"] = None if tokenizer is None else tokenizer.weights_hash
     info["converted_from"] = {"file": source.path.name, "layout": source.layout}

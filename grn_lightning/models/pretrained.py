@@ -4,7 +4,8 @@
 `text_encoder.`); `NAME.json` says what they are::
 
     {"format_version": 1, "kind": "generator", "created_by": "grn_lightning 0.1.0",
-     "config": {"generator": {...}, "text_encoder": {...}}, "tokenizer_hash": "0123456789abcdef",
+     "architecture": "GRNText", "config": {"generator": {...}, "text_encoder": {...}},
+     "tokenizer_hash": "0123456789abcdef",
      "weights_hash": {"generator": "...", "text_encoder": "..."}, "sampling": {...}, ...}
 
 A generator refers to its tokenizer by hash and does not contain it. Reading maps the file into
@@ -41,8 +42,17 @@ FORMAT_VERSION = 1
 
 Kind = Literal["tokenizer", "generator"]
 KINDS = get_args(Kind)
+Network = HBQTokenizer | GRNClass | GRNText
+AnyConfig = TokenizerConfig | GRNClassConfig | GRNTextConfig
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT")
+
+ARCHITECTURES: dict[str, tuple[type[Network], type[AnyConfig]]] = {
+    "HBQTokenizer": (HBQTokenizer, TokenizerConfig),
+    "GRNClass": (GRNClass, GRNClassConfig),
+    "GRNText": (GRNText, GRNTextConfig),
+}
+"""What an export may hold, and what its sizes are."""
 
 # What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap, and what
 # DDP and DeepSpeed put in front. (`.module.` within a name may be ours.)
@@ -138,6 +148,7 @@ def write_pretrained(path: str | Path, modules: Mapping[str, nn.Module], info: A
         "format_version": FORMAT_VERSION,
         "kind": info["kind"],
         "created_by": f"grn_lightning {version('grn-lightning')}",
+        "architecture": type(modules[info["kind"]]).__name__,
         **info,
         "weights_hash": {name: tensors_hash(state) for name, state in states.items()},
     }
@@ -249,41 +260,45 @@ class Pretrained:
                     "again."
                 )
 
-    def config(self) -> TokenizerConfig | GRNClassConfig | GRNTextConfig:
+    @property
+    def architecture(self) -> str:
+        """Name of the network, one of `ARCHITECTURES`.
+
+        Raises:
+            ValueError: If this version knows none of that name.
+        """
+        name = self.info.get("architecture")
+        if name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"'{self.file}': unknown architecture {name!r}; known are {known}.")
+        return name
+
+    def config(self) -> AnyConfig:
         """Return the sizes of the network.
 
         Raises:
             ValueError: If they are none that this version knows.
         """
-        data = self.info["config"][self.kind]
-        if self.kind == "tokenizer":
-            return self._config(TokenizerConfig, data)
-        if "num_classes" in data:
-            return self._config(GRNClassConfig, data)
-        return self._config(GRNTextConfig, data)
+        return self._config(ARCHITECTURES[self.architecture][1], self.info["config"][self.kind])
 
-    def _config(self, kind: type[ConfigT], data: Any) -> ConfigT:
-        if "grid_size" in data:
-            data = data | {"grid_size": tuple(data["grid_size"])}
+    def _config(self, kind: type[ConfigT], data: dict[str, Any]) -> ConfigT:
+        # JSON has lists where configurations have tuples.
+        data = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
         try:
             return kind(**data)
         except TypeError as error:
             raise ValueError(f"'{self.file}': no {kind.__name__}: {error}.") from error
 
-    def network(self) -> HBQTokenizer | GRNClass | GRNText:
+    def network(self) -> Network:
         """Return the tokenizer or generator around the mapped tensors, frozen, in eval mode.
 
         Raises:
             ValueError: If its tensors are not those of its sizes.
         """
+        kind: Any = ARCHITECTURES[self.architecture][0]
         config = self.config()
-        tensors = select(self.tensors, self.kind)
         try:
-            if isinstance(config, TokenizerConfig):
-                return assign(lambda: HBQTokenizer(config), tensors)
-            if isinstance(config, GRNClassConfig):
-                return assign(lambda: GRNClass(config), tensors)
-            return assign(lambda: GRNText(config), tensors)
+            return assign(lambda: kind(config), select(self.tensors, self.kind))
         except RuntimeError as error:
             raise ValueError(f"'{self.file}' does not describe its tensors: {error}") from error
 

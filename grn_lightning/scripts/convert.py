@@ -17,6 +17,7 @@ from grn_lightning.models.convert import (
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.pretrained import export_files, is_export, read_pretrained
 from grn_lightning.models.sizes import SizeHints
+from grn_lightning.models.text_encoder import TextEncoderConfig
 
 _HINTS = SizeHints()
 
@@ -63,6 +64,7 @@ def convert(
     weights: Layout | None = None,
     layout: Layout | None = None,
     tokenizer: Path | None = None,
+    text_encoder: TextEncoderConfig | None = None,
     config: SizeHints = _HINTS,
 ) -> ConversionReport:
     """Convert published weights to an export, or an export to a published checkpoint.
@@ -79,6 +81,7 @@ def convert(
         weights: Which of the weights in a checkpoint; by default the average if there is one.
         layout: How the weights lie in the checkpoint to write; by default as published.
         tokenizer: Tokenizer of a generator (export, checkpoint or run); its hash is noted.
+        text_encoder: Text encoder of a text-conditional generator, which is named and not stored.
         config: What the tensors do not tell.
 
     Raises:
@@ -93,7 +96,14 @@ def convert(
         network = load_tokenizer(tokenizer)
         reference = TokenizerReference(network.config, weights_hash(network))
     source = read_official(file, weights=weights)
-    done = convert_official(source, out, variant=variant, hints=config, tokenizer=reference)
+    done = convert_official(
+        source,
+        out,
+        variant=variant,
+        hints=config,
+        tokenizer=reference,
+        text_encoder=text_encoder,
+    )
     return _report(done)
 
 

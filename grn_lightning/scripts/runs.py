@@ -1,15 +1,17 @@
 """Run folders: where a checkpoint lies, which stage it is of, and what it was trained on."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from grn_lightning.lit.checkpoints import find_checkpoint, read_checkpoint
+from grn_lightning.models.pretrained import export_files, is_export, read_pretrained
 
 _CHECKPOINTS = "checkpoints"  # Lightning's folder of checkpoints in a run
+_NETWORKS = {"tokenizer": ("tokenizer",), "generator": ("generator", "text_encoder")}
 
 
 class ClipSize(NamedTuple):
@@ -38,11 +40,18 @@ class TrainedRun:
     """Training samples it has seen, over all devices."""
     data: dict[str, Any]
     """Hyper-parameters of its data module; empty if it had none."""
+    configuration: dict[str, Any] = field(default_factory=dict)
+    """Sizes of its networks by name, as plain data."""
 
     @property
     def folder(self) -> Path:
-        """Folder of the run: the one that holds `checkpoints/`, or else the file's own."""
+        """Folder of the run: the one that holds `checkpoints/`, or else the file's own.
+
+        Of an export, the folder beside it that has its name.
+        """
         parent = self.checkpoint.parent
+        if is_export(self.checkpoint):
+            return parent / export_files(self.checkpoint).info.stem
         return parent.parent if parent.name == _CHECKPOINTS else parent
 
     def source(self, *, media: str | None = None, path: Path | None = None) -> dict[str, Any]:
@@ -92,11 +101,13 @@ def open_run(path: Path) -> TrainedRun:
     """Read what a checkpoint says about itself.
 
     Args:
-        path: A `.ckpt` file, or a folder under which the newest `last.ckpt` is taken.
+        path: A `.ckpt` file, a folder under which the newest `last.ckpt` is taken, or an export.
 
     Raises:
         ValueError: If there is none, or neither stage has written it.
     """
+    if is_export(path):
+        return _open_export(path)
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
@@ -114,6 +125,20 @@ def open_run(path: Path) -> TrainedRun:
         step=checkpoint.get("global_step", 0),
         samples_seen=checkpoint.get("samples_seen", 0),
         data=dict(checkpoint.get("datamodule_hyper_parameters", {})),
+        configuration={name: hyper_parameters.get(name) for name in _NETWORKS[stage]},
+    )
+
+
+def _open_export(path: Path) -> TrainedRun:
+    pretrained = read_pretrained(path, check=False)
+    training = pretrained.info.get("training", {})  # converted weights do not know it
+    return TrainedRun(
+        checkpoint=pretrained.file,
+        stage=pretrained.kind,
+        step=training.get("step", 0),
+        samples_seen=training.get("samples_seen", 0),
+        data=training.get("data", {}),
+        configuration=pretrained.info["config"],
     )
 
 
