@@ -126,6 +126,10 @@ class StageModule(L.LightningModule, ABC):
         """Store the count."""
         checkpoint["samples_seen"] = self.samples_seen
 
+    def _is_of_this_stage(self, hyper_parameters: dict[str, Any]) -> bool:
+        """Whether a run with these hyper-parameters was one of this class."""
+        return isinstance(hyper_parameters.get(self.averaged[0]), dict)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count; give the average to whatever does not go on training.
 
@@ -135,7 +139,7 @@ class StageModule(L.LightningModule, ABC):
             ValueError: If the checkpoint is one of another stage.
         """
         hyper_parameters = checkpoint.get("hyper_parameters", {})
-        if not isinstance(hyper_parameters.get(self.averaged[0]), dict):
+        if not self._is_of_this_stage(hyper_parameters):
             raise ValueError(
                 f"the checkpoint is not one of a {type(self).__name__} run: its hyper-parameters "
                 f"are {sorted(hyper_parameters)}. Resume from one that this stage has written."

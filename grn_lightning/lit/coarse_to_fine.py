@@ -123,6 +123,10 @@ class _PredictionStage(CodeStage):
             "seed": self.seed,
         }
 
+    def _is_of_this_stage(self, hyper_parameters: dict[str, Any]) -> bool:
+        """Whether a run with these hyper-parameters was one of this class."""
+        return _stage_of(hyper_parameters) is type(self)
+
     # --- building ---------------------------------------------------------------------------------
 
     @abstractmethod
@@ -292,7 +296,7 @@ class LitRaster(_PredictionStage):
             cache_codes=cache_codes,
             seed=seed,
         )
-        self.save_hyperparameters(self._plain() | {"role": "raster"})
+        self.save_hyperparameters(self._plain())
 
     @property
     def _is_causal(self) -> bool:
@@ -361,7 +365,7 @@ class LitFine(_PredictionStage):
         if not 0 <= coarse_noise <= 1:
             raise ValueError(f"`coarse_noise` must be in [0, 1], got {coarse_noise}.")
         self.fine_mask, self.coarse_noise = fine_mask, coarse_noise
-        own = {"role": "fine", "fine_mask": fine_mask, "coarse_noise": coarse_noise}
+        own = {"fine_mask": fine_mask, "coarse_noise": coarse_noise}
         self.save_hyperparameters(self._plain() | own)
 
     @property
@@ -393,6 +397,13 @@ class LitFine(_PredictionStage):
         return torch.where(is_noise, random, coarse)
 
 
+def _stage_of(hyper_parameters: dict[str, Any]) -> type[LitRaster | LitFine] | None:
+    """Return the class of a run with these hyper-parameters, if it is one of this file."""
+    if "backbone" not in hyper_parameters:
+        return None
+    return LitFine if "fine_mask" in hyper_parameters else LitRaster
+
+
 def load_stage(path: str | Any, *, tokenizer: str | None = None) -> LitRaster | LitFine:
     """Return a trained stage with averaged weights, frozen and in eval mode.
 
@@ -405,9 +416,8 @@ def load_stage(path: str | Any, *, tokenizer: str | None = None) -> LitRaster | 
     """
     checkpoint = read_checkpoint(path)
     options = dict(checkpoint.get("hyper_parameters", {}))
-    roles: dict[Any, type[LitRaster | LitFine]] = {"raster": LitRaster, "fine": LitFine}
-    role = options.pop("role", None)
-    if role not in roles:
+    stage = _stage_of(options)
+    if stage is None:
         raise ValueError(
             f"'{path}' is no checkpoint of a stage of coarse-to-fine prediction: its "
             f"hyper-parameters are {sorted(options)}. Give one that `LitRaster` or `LitFine` has "
@@ -416,7 +426,7 @@ def load_stage(path: str | Any, *, tokenizer: str | None = None) -> LitRaster | 
     options["init_from"] = None
     if tokenizer is not None:
         options["tokenizer"] = tokenizer
-    module = roles[role](**options)
+    module = stage(**options)
     module.on_load_checkpoint(checkpoint)
     module._load_weights(averaged_state(checkpoint))
     return module.eval().requires_grad_(False)
