@@ -74,7 +74,9 @@ def encode_apng(clip: Tensor, *, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def write_clip(stem: Path, clip: Tensor, *, fps: float, mp4: bool = True) -> list[Path]:
+def write_clip(
+    stem: Path, clip: Tensor, *, fps: float, mp4: bool = True, note: str | None = None
+) -> list[Path]:
     """Write one picture as PNG, or one clip as MP4 and GIF.
 
     Args:
@@ -82,15 +84,16 @@ def write_clip(stem: Path, clip: Tensor, *, fps: float, mp4: bool = True) -> lis
         clip: uint8 `(f, 3, h, w)`; a picture has one frame.
         fps: Frames per second of clips.
         mp4: Whether clips are written as MP4 too.
+        note: Text that travels in the files, see `recipes`.
 
     Returns:
         The files, the best one first.
     """
     if len(clip) == 1:
-        content = {".png": encode_png(clip[0])}
+        content = {".png": encode_png(clip[0], note=note)}
     else:
-        content = {".mp4": encode_mp4(clip, fps=fps)} if mp4 else {}
-        content[".gif"] = encode_gif(clip, fps=min(fps, 50))  # more than viewers play
+        content = {".mp4": encode_mp4(clip, fps=fps, note=note)} if mp4 else {}
+        content[".gif"] = encode_gif(clip, fps=min(fps, 50), note=note)  # more than viewers play
     # Not `with_suffix`: a prompt may end in something that looks like one.
     files = [stem.with_name(stem.name + suffix) for suffix in content]
     for file, data in zip(files, content.values(), strict=True):

@@ -1,0 +1,238 @@
+"""Recipes: all that decides a picture or clip, kept in the file itself.
+
+A recipe names the weights by their hashes, and holds prompt, seed, number, size, steps and, for an
+edit, the files it was made from with theirs. It says nothing of batches, dates or folders, so that
+equal pictures have equal recipes, and equal files. `grn replay` follows it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from grn_lightning import __version__
+from grn_lightning.media.images import to_uint8
+from grn_lightning.media.notes import read_note
+from grn_lightning.pipelines import GeneratorPipeline
+from grn_lightning.pipelines.editing import DrawJob, Edited
+from grn_lightning.samplers import RefineConfig
+from grn_lightning.samplers.stopping import AdaptiveSteps
+from grn_lightning.scripts.edits import EditPlan, carry_out
+from grn_lightning.scripts.runs import file_hash
+
+FORMAT = 1
+_KEY = "grn"  # of the format; tells a recipe from any other note
+LIST_FILE = "samples.json"
+"""Name of the list that tools write beside their samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one picture or clip was made."""
+
+    checkpoint: str
+    """Where the generator lay."""
+    tokenizer: str | None = None
+    """Where the tokenizer lay, if not where the generator says."""
+    weights: dict[str, str]
+    """Hashes of the weights of generator, tokenizer and text encoder."""
+    condition: dict[str, Any]
+    """What was asked for: `captions` or `class_labels`, one value."""
+    negative_prompt: str = ""
+    """What guidance steered away from, for text."""
+    sample_index: int
+    """Number of the sample: with the seed it names the noise."""
+    seed: int
+    """Seed of the job."""
+    size: tuple[int, int, int]
+    """Frames, height and width of what was drawn at a time."""
+    fps: float
+    """Frames per second of clips."""
+    refine: RefineConfig
+    """Steps, guidance, temperature."""
+    num_steps: int
+    """Steps that the sample took."""
+    edit: EditPlan | None = None
+    """What was done to given files; None for a plain draw."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the given files, by role."""
+    device: str = "cpu"
+    """Type of the device; others round differently."""
+    version: str = __version__
+    """Version of this package."""
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return it as plain data, with the number of its format."""
+        plain = asdict(self) | {"edit": None if self.edit is None else self.edit.as_plain()}
+        return {_KEY: FORMAT, **{name: value for name, value in plain.items() if value != {}}}
+
+    def as_note(self) -> str:
+        """Return it as the text that travels in a file."""
+        return json.dumps(self.as_plain(), ensure_ascii=False)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], *, where: str) -> Self:
+        """Return the recipe of plain data.
+
+        Args:
+            plain: What `as_plain` has returned, perhaps read from JSON.
+            where: What to call it in an error.
+
+        Raises:
+            ValueError: If it is of another format or version.
+        """
+        values = dict(plain)
+        found = values.pop(_KEY, None)
+        if found != FORMAT:
+            raise ValueError(
+                f"{where} holds a recipe of format {found}, this version reads {FORMAT}; replay it "
+                f"with grn-lightning {values.get('version', 'of its time')}."
+            )
+        try:
+            values["size"] = tuple(values["size"])
+            values["refine"] = _refine_config(values["refine"])
+            if values.get("edit") is not None:
+                values["edit"] = EditPlan.from_plain(values["edit"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where} holds a recipe that this version cannot follow ({error}); replay it with "
+                f"grn-lightning {values.get('version', 'of its time')}."
+            ) from error
+
+
+def _refine_config(plain: Mapping[str, Any]) -> RefineConfig:
+    values = dict(plain) | {"guidance_interval": tuple(plain["guidance_interval"])}
+    if values.get("adaptive") is not None:
+        values["adaptive"] = AdaptiveSteps(**values["adaptive"])
+    return RefineConfig(**values)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return None
+
+
+def _from_list(file: Path) -> dict[str, Recipe]:
+    """Return the recipes of a list, by the name of the best file of each sample."""
+    content = _parsed(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and _KEY in content:  # a recipe on its own
+        return {file.stem: Recipe.from_plain(content, where=f"'{file}'")}
+    rows = content.get("samples", []) if isinstance(content, dict) else []
+    return {
+        row["files"][0]: Recipe.from_plain(row["recipe"], where=f"'{file}'")
+        for row in rows
+        if isinstance(row, dict) and "recipe" in row
+    }
+
+
+def read_recipes(file: Path) -> dict[str, Recipe]:
+    """Return what a picture, clip or list says about how it was made, by names of files.
+
+    A picture that has lost its note (a program has saved it anew) is looked up in the list beside
+    it.
+
+    Raises:
+        ValueError: If there is no such file, or it says nothing.
+    """
+    if not file.is_file():
+        raise ValueError(f"there is no file '{file}'.")
+    if file.suffix == ".json":
+        found = _from_list(file)
+    else:
+        content = _parsed(read_note(file))
+        if isinstance(content, dict) and _KEY in content:
+            return {file.name: Recipe.from_plain(content, where=f"'{file}'")}
+        beside = file.with_name(LIST_FILE)
+        listed = _from_list(beside) if beside.is_file() else {}
+        found = {name: one for name, one in listed.items() if Path(name).stem == file.stem}
+    if not found:
+        raise ValueError(
+            f"'{file}' does not say how it was made: it was not written by `grn sample` or `grn "
+            "edit`, or a program has saved it anew."
+        )
+    return found
+
+
+# --- following ------------------------------------------------------------------------------------
+
+
+def check_weights(recipe: Recipe, pipeline: GeneratorPipeline, *, where: str) -> None:
+    """Refuse other weights than those of a recipe.
+
+    Raises:
+        ValueError: If they differ; it names both.
+    """
+    present = pipeline.hashes
+    for part in sorted(recipe.weights.keys() | present.keys()):
+        wanted, found = recipe.weights.get(part, "none"), present.get(part, "none")
+        if wanted != found:
+            option = "`--tokenizer`" if part == "tokenizer" else "`--checkpoint`"
+            raise ValueError(
+                f"it was made with {part.replace('_', ' ')} {wanted}, but {where} has {found}; "
+                f"name the right one by {option}."
+            )
+
+
+def check_files(recipe: Recipe) -> None:
+    """Refuse given files that are gone or others than those of a recipe.
+
+    Raises:
+        ValueError: If one is; it names both hashes.
+    """
+    files = {} if recipe.edit is None else recipe.edit.files
+    for role, file in files.items():
+        wanted = recipe.files.get(role)
+        if not file.is_file():
+            raise ValueError(f"its {role} '{file}' is gone; put it back to replay it.")
+        if (found := file_hash(file)) != wanted:
+            raise ValueError(
+                f"its {role} '{file}' is another file now: {found[:16]} instead of "
+                f"{str(wanted)[:16]}."
+            )
+
+
+def draw_job(recipe: Recipe, pipeline: GeneratorPipeline) -> DrawJob:
+    """Return noise, steps and guidance of a recipe, for a batch of one."""
+    return DrawJob(
+        sample_index=torch.tensor([recipe.sample_index], device=pipeline.device),
+        seed=recipe.seed,
+        config=recipe.refine,
+        null_condition=pipeline.null_condition(1, recipe.negative_prompt),
+    )
+
+
+def follow_edit(recipe: Recipe, pipeline: GeneratorPipeline) -> Edited:
+    """Do what the recipe of an edit says, for a batch of one."""
+    assert recipe.edit is not None
+    condition = pipeline.condition({name: [value] for name, value in recipe.condition.items()})
+    return carry_out(pipeline, recipe.edit, condition, draw_job(recipe, pipeline))
+
+
+def follow(recipe: Recipe, pipeline: GeneratorPipeline) -> Tensor:
+    """Make a picture or clip again.
+
+    Args:
+        recipe: How it was made.
+        pipeline: The networks it was made with.
+
+    Returns:
+        uint8 `(f, 3, h, w)`.
+    """
+    if recipe.edit is not None:
+        clips = follow_edit(recipe, pipeline).clips
+    else:
+        condition = pipeline.condition({name: [value] for name, value in recipe.condition.items()})
+        job = draw_job(recipe, pipeline)
+        index = job.sample_index
+        clips = pipeline.draw(condition, index, size=recipe.size, **job.arguments()).clips
+    return to_uint8(clips[0].cpu()).transpose(0, 1)
