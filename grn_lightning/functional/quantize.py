@@ -9,9 +9,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+_RARE = 1e-12  # words below this probability get no gradient: that of 0 would be infinite
 _FSQ_MARGIN = 1e-3  # widens the range a little, so that the outermost levels can be reached
 
 
@@ -163,9 +165,10 @@ def sign_entropies(
     logits = z.movedim(1, -1).flatten(0, -2) / temperature  # (n, c)
     ones, zeros = logits.sigmoid(), (-logits).sigmoid()
     num_bits = logits.shape[1]
-    own = torch.special.entr(ones) + torch.special.entr(zeros)
+    # Logarithms of probabilities that may be zero have no gradient; these have one.
+    own = -ones * F.logsigmoid(logits) - zeros * F.logsigmoid(-logits)
     words = [
-        torch.special.entr(_word_probabilities(*group).mean(0)).sum()
+        torch.special.entr(_word_probabilities(*group).mean(0).clamp(min=_RARE)).sum()
         for group in zip(zeros.split(group_bits, 1), ones.split(group_bits, 1), strict=True)
     ]
     to_bits = 1 / (num_bits * math.log(2))
