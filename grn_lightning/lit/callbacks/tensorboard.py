@@ -40,3 +40,9 @@ def log_film(trainer: L.Trainer, tag: str, frames: Sequence[Image.Image], *, fps
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         writer._get_file_writer().add_summary(summary, trainer.global_step)
+
+
+def log_text(trainer: L.Trainer, tag: str, text: str) -> None:
+    """Write a text (Markdown) at the current step."""
+    for writer in _writers(trainer):
+        writer.add_text(tag, text, trainer.global_step)
