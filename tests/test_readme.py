@@ -86,7 +86,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in TOOLS:
+    for name in (tool.replace(" ", "_") for tool in TOOLS):
         module = import_module(f"grn_lightning.scripts.{name}")
         monkeypatch.setattr(module, name, stand_in(getattr(module, name)))
     return calls
