@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from traceback import walk_tb
 from typing import Any
 
+from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +30,7 @@ TOOLS = {
     "digits": "write the embedded data set of moving handwritten digits",
     "shards": "pack a folder of images or videos into WebDataset shards",
     "encode": "encode shards with a tokenizer, to train generators from codes",
+    "cluster": "make the coarse labels of coarse-to-fine prediction, and see what they keep",
     "sample": "draw images or videos from a trained generator",
     "edit": "inpaint, outpaint, extend, vary or swap prompts of given or drawn pictures and clips",
     "replay": "make a picture or clip again from what it says about itself",
@@ -99,6 +101,19 @@ def _tool(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"grn_lightning.scripts.{name}"), name)
 
 
+def _add_optional_positionals(parser: ArgumentParser, tool: Callable[..., Any]) -> set[str]:
+    """Let a parameter before the star that has a default be left out, but not become an option."""
+    help_of = {one.arg_name: one.description for one in parse_docstring(tool.__doc__ or "").params}
+    names = set()
+    for name, parameter in signature(tool).parameters.items():
+        has_default = parameter.default is not Parameter.empty
+        if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD and has_default:
+            options = {"type": parameter.annotation, "default": parameter.default}
+            parser.add_argument(name, nargs="?", help=help_of.get(name), **options)
+            names.add(name)
+    return names
+
+
 def _run_tool(name: str, args: Sequence[str]) -> Any:
     """Parse a tool's options from its signature, call it, and show what it returns.
 
@@ -109,7 +124,8 @@ def _run_tool(name: str, args: Sequence[str]) -> Any:
         prog=f"grn {name}", description=TOOLS[name], exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with options")
-    parser.add_function_arguments(tool, as_positional=True, skip={"config"})
+    optional = _add_optional_positionals(parser, tool)
+    parser.add_function_arguments(tool, as_positional=True, skip={"config", *optional})
     parameter = signature(tool).parameters.get("config")
     fields: list[str] = []
     if parameter is not None:

@@ -13,6 +13,7 @@ once per step.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +74,8 @@ class GeneratorPipeline:
     """Steps, guidance and temperature where nothing else is asked for."""
     styles: Mapping[Task, PromptStyle] = field(default_factory=dict)
     """What to put around prompts, by task; only `draw_text` and the command line do so."""
+    autocast: torch.dtype | None = None
+    """Type in which the generator computes under autocast; None leaves that to the caller."""
 
     def __post_init__(self) -> None:
         """Look that the parts fit."""
@@ -269,24 +272,30 @@ class GeneratorPipeline:
                     known_codes=constraint.known_codes[:, :, 1:],
                     known_mask=constraint.known_mask[:, :, 1:],
                 )
-        if isinstance(self.generator, GRNText):
-            condition, null = prepare_text(self.generator, [condition, null])
-        result = refine(
-            self.generator,
-            (self.generator.config.num_elements, *grid),
-            condition=condition,
-            null_condition=null,
-            sample_index=sample_index,
-            seed=seed,
-            alphabet_size=self.generator.config.alphabet_size,
-            config=config,
-            observer=observer,
-            constraint=constraint,
-        )
+        with self._precision():
+            if isinstance(self.generator, GRNText):
+                condition, null = prepare_text(self.generator, [condition, null])
+            result = refine(
+                self.generator,
+                (self.generator.config.num_elements, *grid),
+                condition=condition,
+                null_condition=null,
+                sample_index=sample_index,
+                seed=seed,
+                alphabet_size=self.generator.config.alphabet_size,
+                config=config,
+                observer=observer,
+                constraint=constraint,
+            )
         if first_frame is None:
             return result
         first_frame = first_frame.expand(len(result.codes), *first_frame.shape[1:])
         return replace(result, codes=torch.cat([first_frame, result.codes], dim=2))
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
 
     @torch.no_grad()
     def draw(

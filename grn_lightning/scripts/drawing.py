@@ -4,16 +4,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grn_lightning.lit.generator import Condition, LitGenerator
+from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.models.grn_class import GRNClassConfig
-from grn_lightning.samplers import ForwardCount, RefineConfig, StepInfo, refine_in_batches
+from grn_lightning.pipelines import Condition, GeneratorPipeline, with_first_frame
+from grn_lightning.samplers import ForwardCount, RefineConfig, StepInfo
 from grn_lightning.scripts.runs import ClipSize, TrainedRun
+
+Drawer = LitGenerator | GeneratorPipeline
+"""Who draws: a pipeline, or the module that trains one."""
+
+
+def as_pipeline(drawer: Drawer) -> GeneratorPipeline:
+    """Return the pipeline of whoever draws."""
+    return drawer.pipeline if isinstance(drawer, LitGenerator) else drawer
 
 
 @dataclass(frozen=True)
@@ -22,8 +32,8 @@ class DrawnPart:
 
     rows: range
     """Which ones."""
-    clips: Tensor
-    """`(b, 3, f, h, w)` in [-1, 1], on the generator's device."""
+    clips: Tensor | None
+    """`(b, 3, f, h, w)` in [-1, 1], on the generator's device; None if not decoded."""
     elements: Tensor
     """`(b, c, *grid)` long: what the generator has drawn, before decoding."""
     num_forwards: ForwardCount
@@ -33,14 +43,14 @@ class DrawnPart:
 
 
 def conditions_for(
-    module: LitGenerator, prompts: list[str] | None, class_labels: list[int] | None
+    drawer: Drawer, prompts: list[str] | None, class_labels: list[int] | None
 ) -> dict[str, list[Any]]:
     """Return what is asked for, under the name that the generator understands.
 
     Raises:
         ValueError: If it is something else than this generator draws.
     """
-    config = module.generator_config
+    config = drawer.generator.config
     if not isinstance(config, GRNClassConfig):
         if class_labels is not None or not prompts:
             raise ValueError(
@@ -60,8 +70,8 @@ def conditions_for(
 
 
 def size_for(
-    module: LitGenerator,
-    run: TrainedRun,
+    drawer: Drawer,
+    run: TrainedRun | None,
     source: dict[str, Any],
     *,
     num_frames: int | None,
@@ -72,13 +82,16 @@ def size_for(
     Raises:
         ValueError: If it is unknown, or another one than the generator or tokenizer can make.
     """
-    config, stride = module.generator_config, module.tokenizer.config.spatial_stride
+    config, stride = drawer.generator.config, drawer.tokenizer.config.spatial_stride
+    if run is None:  # published weights have no training that is known here
+        run = TrainedRun(Path(), stage="generator", step=0, samples_seen=0, data={})
+    choose = run.choose_size
     if not isinstance(config, GRNClassConfig):
-        size = run.choose_size(source, num_frames=num_frames, image_size=image_size)
-        module.latent_grid(*size)  # refuses what does not fit the strides
+        size = choose(source, num_frames=num_frames, image_size=image_size)
+        drawer.latent_grid(*size)  # refuses what does not fit the strides
         return size
     only = ClipSize(1, config.grid_size[0] * stride, config.grid_size[1] * stride)
-    size = run.choose_size({}, num_frames=num_frames or 1, image_size=image_size or only[1:])
+    size = choose({}, num_frames=num_frames or 1, image_size=image_size or only[1:])
     if size != only:
         raise ValueError(f"this generator draws {only} only, got {size}; leave the size out.")
     return only
@@ -107,7 +120,7 @@ def _seconds(device: torch.device) -> float:
 
 @torch.no_grad()
 def draw_parts(
-    module: LitGenerator,
+    drawer: Drawer,
     wanted: Mapping[str, Sequence[Any]],
     sample_index: Tensor,
     *,
@@ -116,18 +129,23 @@ def draw_parts(
     seed: int,
     batch_size: int,
     observer: Callable[[StepInfo], None] | None = None,
+    negative_prompt: str = "",
+    decode: bool = True,
 ) -> Iterator[DrawnPart]:
     """Draw clips, at most `batch_size` at a time.
 
     Args:
-        module: The generator, on its device.
-        wanted: `captions` or `class_labels`, one per clip.
+        drawer: The generator, on its device.
+        wanted: `captions` or `class_labels`, one per clip; with captions also `first_frames`, clean
+            elements `(n, c, 1, h, w)`.
         sample_index: `(n,)` long; with `seed` it names the noise of each clip.
         size: Size of the clips.
         config: Steps, guidance, temperature.
         seed: Seed of the job.
         batch_size: Most clips at a time; it does not change them.
         observer: Called after every step.
+        negative_prompt: What guidance steers away from, where text is drawn from.
+        decode: Whether to make clips of the elements; else their reader does it.
 
     Yields:
         The parts in order.
@@ -135,36 +153,40 @@ def draw_parts(
     Raises:
         ValueError: If the size does not fit the tokenizer.
     """
-
-    def condition(rows: slice) -> Condition:
-        batch: dict[str, Any] = {name: values[rows] for name, values in wanted.items()}
-        if "class_labels" in batch:
-            batch["class_labels"] = torch.as_tensor(batch["class_labels"], device=module.device)
-        return module.condition(batch)
-
-    parts = refine_in_batches(
-        module.generator,
-        (module.generator_config.num_elements, *module.latent_grid(*size)),
-        condition=condition,
-        null_condition=module.null_condition(1),
-        sample_index=sample_index.to(module.device),
-        seed=seed,
-        alphabet_size=module.generator_config.alphabet_size,
-        config=config,
-        max_batch=batch_size,
-        observer=observer,
-    )
-    start = _seconds(module.device)
-    for part in parts:
-        # One by one: a batch rounds differently in the last bit, which can move a pixel by a
-        # level, and the decoder needs by far the most memory.
-        clips = torch.cat([module.detokenize(one) for one in part.result.codes.split(1)])
-        end = _seconds(module.device)
+    pipeline = as_pipeline(drawer)
+    grid = pipeline.latent_grid(*size)
+    null = pipeline.null_condition(1, negative_prompt)
+    for rows in torch.arange(len(sample_index)).split(batch_size):
+        start = _seconds(pipeline.device)
+        result = pipeline.sample(
+            _condition(pipeline, wanted, slice(int(rows[0]), int(rows[-1]) + 1)),
+            sample_index[rows].to(pipeline.device),
+            grid=grid,
+            config=config,
+            seed=seed,
+            null_condition=null,
+            observer=observer,
+        )
+        clips = None
+        if decode:
+            # One by one: a batch rounds differently in the last bit, which can move a pixel by a
+            # level, and the decoder needs by far the most memory.
+            clips = torch.cat([pipeline.detokenize(one) for one in result.codes.split(1)])
+        end = _seconds(pipeline.device)
         yield DrawnPart(
-            rows=range(part.start, part.stop),
+            rows=range(int(rows[0]), int(rows[-1]) + 1),
             clips=clips,
-            elements=part.result.codes,
-            num_forwards=part.result.num_forwards,
+            elements=result.codes,
+            num_forwards=result.num_forwards,
             seconds=end - start,
         )
-        start = _seconds(module.device)
+
+
+def _condition(
+    pipeline: GeneratorPipeline, wanted: Mapping[str, Sequence[Any]], rows: slice
+) -> Condition:
+    some = {name: values[rows] for name, values in wanted.items()}
+    condition = pipeline.condition(some)
+    if "first_frames" not in some:
+        return condition
+    return with_first_frame(condition, some["first_frames"].to(pipeline.device))  # type: ignore[attr-defined]

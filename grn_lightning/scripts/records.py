@@ -85,6 +85,10 @@ class Findings:
     """For a tokenizer: PSNR of decoding 1, 2, ... rounds."""
     codes: dict[str, float] = field(default_factory=dict)
     """For a tokenizer: how well the codes use their bits."""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    """For a tokenizer: bits per pixel and all scores of 1, 2, ... rounds; 0 is unquantized."""
+    left_out: list[str] = field(default_factory=list)
+    """What could not be judged, and why."""
 
 
 # --- how it came about ----------------------------------------------------------------------------
@@ -149,8 +153,8 @@ def command_line(tool: Callable[..., Any], given: Mapping[str, Any]) -> str:
     words = ["grn", tool.__name__]
     for name, parameter in inspect.signature(tool).parameters.items():
         value, default = given[name], parameter.default
-        if default is inspect.Parameter.empty:
-            words.append(_plain(value))
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            words += [] if value is None else [_plain(value)]
         elif dataclasses.is_dataclass(value):
             fields = [one.name for one in dataclasses.fields(value)]
             pairs = {key: (getattr(value, key), getattr(default, key)) for key in fields}

@@ -1,25 +1,31 @@
 """`grn sample`: draw pictures or clips from a trained generator."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from grn_lightning import __version__
 from grn_lightning.datasets.manifest import write_json
-from grn_lightning.lit.generator import load_generator
-from grn_lightning.media.images import to_uint8
+from grn_lightning.pipelines import GeneratorPipeline
+from grn_lightning.pipelines.registry import DEFAULT_FOLDER
+from grn_lightning.pipelines.resolutions import FPS
 from grn_lightning.samplers import RefineConfig
-from grn_lightning.scripts.drawing import DrawnPart, conditions_for, draw_parts, size_for, step_bar
-from grn_lightning.scripts.pictures import new_folder, slug, write_clip, write_sheet
+from grn_lightning.scripts.drawing import DrawnPart, conditions_for, draw_parts, step_bar
+from grn_lightning.scripts.frames import write_sample
+from grn_lightning.scripts.opening import AUTO, open_drawer
+from grn_lightning.scripts.pictures import new_folder, slug, write_sheet
 from grn_lightning.scripts.records import command_line, environment, now
-from grn_lightning.scripts.runs import choose_device, file_hash, open_run
+from grn_lightning.scripts.requests import SizeRequest, as_asked, read_picture, style_and_task
+from grn_lightning.scripts.runs import choose_device
 
 _SAMPLES = Path("runs/samples")
 _REFINE = RefineConfig()
+_FPS = 8.0  # of clips where no published weights say another
 _MAX_ON_SHEET = 64  # more are too many for one look
 
 
@@ -53,7 +59,7 @@ def _as_list(values: Any) -> list[Any] | None:
 
 
 def _check(
-    num_samples: int, first_index: int, fps: float, batch_size: int, out: Path | None
+    num_samples: int, first_index: int, fps: float | None, batch_size: int, out: Path | None
 ) -> None:
     issues = [
         f"`{name}` must be at least {low}, got {value}"
@@ -64,7 +70,7 @@ def _check(
         )
         if value < low
     ]
-    if fps <= 0:
+    if fps is not None and fps <= 0:
         issues.append(f"`fps` must be positive, got {fps}")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         issues.append(f"`out` must be new or an empty folder, '{out}' is not")
@@ -102,15 +108,18 @@ class _Writer:
         self.seconds = 0.0
         self.num_forwards = 0
 
-    def write(self, part: DrawnPart) -> None:
-        """Write the samples of a part."""
-        clips = to_uint8(part.clips.cpu()).transpose(1, 2)  # (b, f, 3, h, w)
-        for row, clip in zip(part.rows, clips, strict=True):
+    def write(self, part: DrawnPart, pipeline: GeneratorPipeline) -> None:
+        """Decode and write the samples of a part."""
+        start = time.perf_counter()
+        for row, elements in zip(part.rows, part.elements.split(1), strict=True):
             index, label = self.first_index + row, self.labels[row]
             stem = self.folder / f"{index:05d}-{slug(label)}".rstrip("-")
-            files = write_clip(stem, clip, fps=self.fps)
-            self.rows.append(self._facts(index, label) | {"files": [file.name for file in files]})
-        self.shown += clips[: max(0, _MAX_ON_SHEET - part.rows.start)]
+            written = write_sample(stem, elements, pipeline, fps=self.fps)
+            files = [file.name for file in written.files]
+            self.rows.append(self._facts(index, label) | {"files": files})
+            if len(self.shown) < _MAX_ON_SHEET:
+                self.shown.append(written.preview)
+        self.seconds += time.perf_counter() - start
         self.seconds += part.seconds
         self.num_forwards += part.num_forwards.rows
         write_json(self.folder / "samples.json", self.job | {"samples": self.rows})
@@ -141,18 +150,27 @@ class _Writer:
 
 
 def sample(
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     *,
+    weights: str | None = None,
+    weights_folder: Path = DEFAULT_FOLDER,
     prompts: list[str] | str | None = None,
+    negative_prompt: str | None = None,
+    first_frame: Path | None = None,
     class_labels: list[int] | int | None = None,
     num_samples: int = 1,
     out: Path | None = None,
     seed: int = 0,
     first_index: int = 0,
+    preset: str | None = None,
+    aspect: str | None = None,
+    seconds: float | None = None,
     num_frames: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    fps: float = 8.0,
+    fps: float | None = None,
+    sampling: str = AUTO,
     refine: RefineConfig = _REFINE,
+    precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 16,
     tokenizer: Path | None = None,
     device: str = "auto",
@@ -165,17 +183,29 @@ def sample(
     prompt and `--first_index`.
 
     Args:
-        checkpoint: Checkpoint of a generator, or the folder of its run.
+        checkpoint: Checkpoint of a generator, the folder of its run, or an export.
+        weights: Name of published weights instead; `grn weights` lists them.
+        weights_folder: Where published weights lie, or are downloaded to.
         prompts: Captions, for a text-conditional generator.
+        negative_prompt: What guidance steers away from; by default nothing, or what published
+            weights are used with.
+        first_frame: Picture that clips start from, scaled and cropped to their size.
         class_labels: Classes, for a class-conditional generator.
         num_samples: Samples per prompt or class.
         out: Folder to write to, new or empty; by default the next free one in runs/samples.
         seed: Seed of all noise; another one gives other samples.
         first_index: Number of the first sample.
+        preset: Resolution: 0.06M, 0.25M, 0.41M, 0.92M, 1M or 2M (nominal pixels of a frame).
+        aspect: Width to height, such as 16:9; the nearest published template is taken.
+        seconds: Duration of a clip, rounded to frames that the tokenizer knows.
         num_frames: Frames of a clip, 1 for a picture; by default as in training.
         image_size: Height and width in pixels, or one number for both; by default as in training.
-        fps: Frames per second of clips.
+        fps: Frames per second of clips; by default 16 for published weights, else 8.
+        sampling: Published settings of sampling by name, such as c2i-b; "auto" takes those that
+            came with the weights. Fields of `refine` that differ from their defaults beat them.
         refine: Steps, guidance and temperature.
+        precision: "bf16" computes the generator in bfloat16, as published; pictures are decoded in
+            float32.
         batch_size: Samples drawn at a time; more need more memory.
         tokenizer: Where the tokenizer lies, if not where it lay in training.
         device: "auto", "cpu" or "cuda".
@@ -185,38 +215,50 @@ def sample(
     """
     given = dict(locals())
     _check(num_samples, first_index, fps, batch_size, out)
-    run = open_run(checkpoint)
-    module = load_generator(run.checkpoint, tokenizer=None if tokenizer is None else str(tokenizer))
-    module = module.to(choose_device(device))
-    conditions = conditions_for(module, _as_list(prompts), _as_list(class_labels))
-    size = size_for(module, run, run.source(), num_frames=num_frames, image_size=image_size)
-
-    job = {
-        "command": command_line(sample, given),
-        "checkpoint": str(run.checkpoint),
-        "checkpoint_sha256": file_hash(run.checkpoint),
-        "date": now(),
-        "environment": environment(module.device),
-        "refine": asdict(refine),
-        "seed": seed,
-        "size": list(size),
-        "fps": fps,
-    }
+    opened = open_drawer(checkpoint, weights, folder=weights_folder, tokenizer=tokenizer)
+    pipeline = opened.pipeline.to(choose_device(device))
+    conditions = conditions_for(pipeline, _as_list(prompts), _as_list(class_labels))
+    picture = None if first_frame is None else read_picture(first_frame)
+    fps = fps or (_FPS if weights is None else FPS)
+    request = SizeRequest(preset, aspect, seconds, num_frames, image_size)
+    size = request.resolve(opened, fps=fps, picture=picture)
+    style, task = style_and_task(pipeline, size, has_first_frame=picture is not None)
+    refine = opened.sampling(sampling, refine, task)
+    negative = style.negative if negative_prompt is None else negative_prompt
     wanted = {
         field: [value for value in values for _ in range(num_samples)]
         for field, values in conditions.items()
     }
-    writer = _Writer(_folder(out), _labels(wanted), first_index, fps, job)
-    with step_bar(len(writer.labels), refine, "sample") as observer:
+    labels = _labels(wanted)
+    asked = as_asked(wanted, pipeline, style=style, picture=picture, size=size)
+    pipeline.autocast = torch.bfloat16 if precision == "bf16" else None
+
+    job = {
+        "command": command_line(sample, given),
+        **opened.facts(),
+        "date": now(),
+        "environment": environment(pipeline.device),
+        "refine": asdict(refine),
+        "prompts": list(dict.fromkeys(asked.get("captions", []))),
+        "negative_prompt": negative,
+        "precision": precision,
+        "seed": seed,
+        "size": list(size),
+        "fps": fps,
+    }
+    writer = _Writer(_folder(out), labels, first_index, fps, job)
+    with step_bar(len(labels), refine, "sample") as observer:
         for part in draw_parts(
-            module,
-            wanted,
-            torch.arange(len(writer.labels)) + first_index,
+            pipeline,
+            asked,
+            torch.arange(len(labels)) + first_index,
             size=size,
             config=refine,
             seed=seed,
             batch_size=batch_size,
             observer=observer,
+            negative_prompt=negative,
+            decode=False,
         ):
-            writer.write(part)
+            writer.write(part, pipeline)
     return writer.finish()
