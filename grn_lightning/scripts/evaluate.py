@@ -47,15 +47,36 @@ class EvaluationReport:
     """The run's `evaluation.json`; this evaluation is its last."""
     pictures: Path
     """Folder of the pictures."""
+    rounds: tuple[dict[str, Any], ...] = ()
+    """For a tokenizer, bits per pixel and all scores of 1, 2, ... rounds."""
+    left_out: tuple[str, ...] = ()
+    """What could not be judged, and why."""
 
     def __str__(self) -> str:
         """List the numbers with their protocol."""
-        rows = [(figure.tag, figure.text) for figure in (*self.figures, *self.by_rounds)]
+        table = [figure for figure in self.by_rounds if not self.rounds]
+        rows = [(figure.tag, figure.text) for figure in (*self.figures, *table)]
         width = max(len(tag) for tag, _ in rows)
         lines = [f"  {tag:<{width}}  {text:>10}" for tag, text in rows]
+        lines += self._table()
+        if self.left_out:
+            lines.append(f"  left out: {'; '.join(self.left_out)}")
         return "\n".join(
             [self.title, *lines, f"pictures in '{self.pictures}', all facts in '{self.file}'"]
         )
+
+    def _table(self) -> list[str]:
+        """Scores over decoded rounds, beside their bits per pixel."""
+        if not self.rounds:
+            return []
+        names = list(self.rounds[0]["scores"])
+        protocol = f"[{','.join(self.by_rounds[0].protocol[1:])}]" if self.by_rounds else ""
+        lines = ["       rounds  bits/pixel" + "".join(f"{name + protocol:>18}" for name in names)]
+        for row in self.rounds:
+            label = row["rounds"] or "unquantized"
+            scores = "".join(f"{row['scores'][name]:>18.4f}" for name in names)
+            lines.append(f"  {label:>11}  {row['bits_per_pixel']:>10.4f}{scores}")
+        return lines
 
 
 def _check(run: TrainedRun, given: dict[str, Any]) -> None:
@@ -98,8 +119,15 @@ def _record(
         "figures": figures_as_json(findings.figures),
         "psnr_by_rounds": figures_as_json(findings.by_rounds),
         "codes": findings.codes,
+        "rounds": [row | {"bits_per_pixel": _finite(row)} for row in findings.rounds],
+        "left_out": findings.left_out,
         "pictures": [asdict(picture) for picture in findings.pictures],
     }
+
+
+def _finite(row: dict[str, Any]) -> float | None:
+    """Bits per pixel as JSON holds them: nothing without a quantizer, where they are infinite."""
+    return row["bits_per_pixel"] if row["rounds"] else None
 
 
 def evaluate(
@@ -110,6 +138,8 @@ def evaluate(
     num_samples: int | None = None,
     judge: Path | None = None,
     inception: Path | None = None,
+    video_features: Path | None = None,
+    vgg: Path | None = None,
     refine: RefineConfig = _REFINE,
     seed: int = 0,
     batch_size: int = 16,
@@ -131,6 +161,10 @@ def evaluate(
         num_samples: Judge the first so many; by default all for a tokenizer, 200 for a generator.
         judge: Judge of the embedded set; by default `judge.safetensors` beside the data, if there.
         inception: File of the Inception weights, which adds the Frechet distance of publications.
+        video_features: TorchScript file of a video network (I3D for publications), which adds the
+            Frechet distance of clips.
+        vgg: File of torchvision's VGG-16 weights for LPIPS of a tokenizer; by default those in
+            torchvision's folder, if they are there.
         refine: Steps, guidance and temperature of a generator.
         seed: Seed of a generator's noise.
         batch_size: Samples at a time; more need more memory.
@@ -163,14 +197,21 @@ def evaluate(
         num_samples=num_samples,
         batch_size=batch_size,
     )
-    judging = Judging(judge=judge, inception=inception, device=choose_device(device))
+    judging = Judging(
+        judge=judge,
+        inception=inception,
+        video_features=video_features,
+        device=choose_device(device),
+    )
     gallery = Gallery(new_folder(run.folder / "evaluation"), root=run.folder, fps=held_out.fps)
     if isinstance(trained, LitGenerator):
         findings = evaluate_generator(
             trained, held_out, judging, size=size, config=refine, seed=seed, gallery=gallery
         )
     else:
-        findings = evaluate_tokenizer(trained, held_out, judging, size=size, gallery=gallery)
+        findings = evaluate_tokenizer(
+            trained, held_out, judging, size=size, gallery=gallery, vgg=vgg
+        )
 
     facts = {
         "data": str(data),
@@ -194,4 +235,6 @@ def evaluate(
         by_rounds=tuple(findings.by_rounds),
         file=file,
         pictures=gallery.folder,
+        rounds=tuple(findings.rounds),
+        left_out=tuple(findings.left_out),
     )

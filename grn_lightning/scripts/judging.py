@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 
 from grn_lightning.lit.callbacks import DigitFeatures
 from grn_lightning.metrics import DIRECTIONS, DigitJudge, FrechetDistance, InceptionFeatures
+from grn_lightning.metrics.video_features import VideoFeatures
 from grn_lightning.scripts.records import Figure
 
 Kind = Literal["samples", "reconstructions", "real"]
@@ -51,14 +52,30 @@ class Judging:
     Args:
         judge: File of the judge of the embedded set; None leaves digits and directions out.
         inception: File of the Inception weights; None leaves that distance out.
+        video_features: File of a video network for FVD, see `VideoFeatures`; None leaves it out.
         device: Where the judges work.
 
     Raises:
         ValueError: If a file is not what it should be.
     """
 
-    def __init__(self, *, judge: Path | None, inception: Path | None, device: torch.device):
+    def __init__(
+        self,
+        *,
+        judge: Path | None,
+        inception: Path | None,
+        device: torch.device,
+        video_features: Path | None = None,
+    ):
         self.device = device
+        self.left_out = [
+            f"{name}: give `--{option} FILE`"
+            for name, option, file in (
+                ("FID[inception-2015-12-05]", "inception", inception),
+                ("FVD", "video_features", video_features),
+            )
+            if file is None
+        ]
         self.judge: DigitJudge | None = None
         self.extractors: list[nn.Module] = []
         if judge is not None:
@@ -67,6 +84,8 @@ class Judging:
             self.extractors.append(features)
         if inception is not None:
             self.extractors.append(InceptionFeatures(inception).to(device))
+        if video_features is not None:
+            self.extractors.append(VideoFeatures(video_features).to(device))
         self.distances: dict[Kind, list[FrechetDistance]] = {}
         self.shares: dict[tuple[str, Kind], MeanMetric] = {}
         self.count = 0
@@ -118,10 +137,10 @@ class Judging:
 
     def figures(self, kind: Kind, *, split: str) -> list[Figure]:
         """Return the figures of one kind."""
-        count, title = str(self.count), "FID" if kind == "samples" else "rFID"
+        count, prefix = str(self.count), "" if kind == "samples" else "r"
         distances = [
             Figure(
-                title,
+                prefix + getattr(distance.extractor, "title", "FID"),
                 (distance.extractor_name, count, split),
                 float(distance.compute()),
                 meaning=f"Frechet distance of {kind} to the real ones; 0 is the same distribution",

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.functional import hbq_decode, hbq_encode, pack_codes
 from grn_lightning.lit.generator import load_generator
-from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.lit.tokenizer import LitTokenizer, load_tokenizer
 from grn_lightning.media.images import to_float, to_uint8
 from grn_lightning.media.video import decode_video
 from grn_lightning.metrics import DIRECTIONS, DigitJudge
+from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.evaluate import EvaluationReport, evaluate
 from grn_lightning.scripts.records import Figure, read_evaluations
 from tests.scripts.conftest import Runs
 from tests.shard_files import image_sample, write_split
-from tests.tiny_runs import call_grn
+from tests.tiny_runs import TINY_TOKENIZER, call_grn
 
 QUICK = RefineConfig(num_steps=2, guidance_scale=2.0)
 
@@ -187,11 +189,99 @@ def test_every_number_comes_with_its_protocol(runs: Runs, digits: Path) -> None:
     tokenizer = evaluate(runs.tokenizer, digits / "clips")
     generator = evaluate(runs.text, digits / "clips", refine=QUICK)
     for report in (tokenizer, generator):
-        for line in str(report).splitlines()[1:-1]:
+        lines = [line for line in str(report).splitlines()[1:-1] if "left out" not in line]
+        table = next((n for n, line in enumerate(lines) if "bits/pixel  " in line), len(lines))
+        for line in lines[table : table + 1]:
+            assert re.fullmatch(r" +rounds +bits/pixel +PSNR\[6,val\] +SSIM\[6,val\]", line)
+        for line in lines[:table]:
             assert re.match(r"  \S.*\[.*(6,val|5x16x16|scale 2|batch 16)\] ", line), line
     costs = {f.name: f for f in generator.figures}
     assert costs["forwards/sample"].value == 2 * QUICK.num_steps  # both branches of every step
     assert costs["seconds/sample"].value > 0
+
+
+def test_the_table_over_rounds_holds_bits_beside_every_score(runs: Runs, digits: Path) -> None:
+    report = evaluate(runs.tokenizer, digits / "clips")
+    *coded, bare = report.rounds
+    assert [row["rounds"] for row in coded] == [*range(1, 9)]
+    for row in coded:  # d = 4 channels at 3 x 2 x 2 positions
+        assert row["bits_per_pixel"] == row["rounds"] * 4 * 12 / (5 * 16 * 16)
+        assert row["scores"]["PSNR"] == values(report)[f"PSNR[M={row['rounds']},6,val]"]
+    assert coded[1]["scores"]["SSIM"] == values(report)["SSIM[6,val]"]
+    assert (bare["rounds"], bare["bits_per_pixel"]) == (0, math.inf)
+    assert bare["scores"]["PSNR"] == values(report)["PSNR[unquantized,6,val]"]
+    [record] = read_evaluations(runs.tokenizer)
+    assert record["rounds"][-1] == bare | {"bits_per_pixel": None}
+    assert (runs.tokenizer / "evaluation" / "001" / "rounds.png").is_file()
+
+
+def test_what_is_left_out_says_what_it_needs(
+    runs: Runs, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    told = str(evaluate(runs.tokenizer, digits / "clips"))
+    for reason in (
+        r"LPIPS: .*--vgg FILE",
+        r"FID\[inception.*--inception",
+        "FVD: .*--video_features",
+    ):
+        assert re.search(reason, told)
+    with pytest.raises(ValueError, match="no file 'nowhere'"):
+        evaluate(runs.tokenizer, digits / "clips", vgg=Path("nowhere"))
+
+
+class _MeanColour(torch.nn.Module):
+    """Stands for a video network: three numbers of the first and of the last frame."""
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return torch.cat([clips[:, :, 0].mean((2, 3)), clips[:, :, -1].std((2, 3))], dim=1)
+
+
+def test_fvd_is_the_distance_of_the_features_of_a_file(
+    runs: Runs, digits: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "colour.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(_MeanColour(), torch.randn(2, 3, 5, 224, 224)).save(file)
+    result = values(evaluate(runs.tokenizer, digits / "clips", video_features=file))
+    [tag] = [tag for tag in result if "FVD" in tag]
+    assert re.fullmatch(r"rFVD\[colour-[0-9a-f]{8},6,val\]", tag)
+
+    tokenizer, features = load_tokenizer(runs.tokenizer), dict[str, list[Tensor]]()
+    for clip, _, _ in held_out(digits):
+        rebuilt = tokenizer(clip[None]).reconstruction.detach()
+        for name, one in (("real", clip[None]), ("rebuilt", rebuilt)):
+            frames = to_uint8(one[0].transpose(0, 1)).float() / 127.5 - 1
+            large = torch.nn.functional.interpolate(frames, (224, 224), mode="bilinear")
+            features.setdefault(name, []).append(_MeanColour()(large.transpose(0, 1)[None]))
+    sets = {name: torch.cat(rows).double().numpy() for name, rows in features.items()}
+    assert result[tag] == pytest.approx(frechet(sets["rebuilt"], sets["real"]), rel=1e-3, abs=1e-7)
+
+    file.write_bytes(b"not a network")
+    with pytest.raises(ValueError, match="is no TorchScript file"):
+        evaluate(runs.tokenizer, digits / "clips", video_features=file)
+
+
+@pytest.mark.parametrize("name", ["none", "fsq"])
+def test_other_quantizers_are_judged_too(name: str, digits: Path, tmp_path: Path) -> None:
+    config = {**TINY_TOKENIZER, "quantizer": {"name": name}}
+    torch.manual_seed(0)
+    module = LitTokenizer(TokenizerConfig(**config))
+    module.configure_model()
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    torch.save(content, tmp_path / "other.ckpt")
+    report = evaluate(
+        tmp_path / "other.ckpt", digits / "clips", num_frames=5, image_size=16, num_samples=2
+    )
+    rounds = [row["rounds"] for row in report.rounds]
+    assert rounds == ([*range(1, 9), 0] if name == "none" else [2, 0])
+    rates = [value for tag, value in values(report).items() if tag.startswith("bits/pixel")]
+    if name == "none":
+        assert rates == []
+    else:
+        assert rates == [module.tokenizer_config.bits_per_position * 12 / (5 * 16 * 16)]
+        assert report.rounds[0]["bits_per_pixel"] == rates[0]
 
 
 def test_pictures_show_the_first_samples(runs: Runs, digits: Path) -> None:
