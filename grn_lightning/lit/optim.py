@@ -204,6 +204,11 @@ class SampleSchedule(LRScheduler):
         """Return the rate of each group."""
         return [settings["lr"] * self.multiplier() for settings in self.settings]
 
+    def refresh(self) -> None:
+        """Set the rates of this moment, whether or not the optimizer has taken a step."""
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the samples seen are counted elsewhere."""
         return {}

@@ -14,7 +14,12 @@ from typing import Literal
 
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -71,7 +76,8 @@ def refuse_trainer_flags(trainer: L.Trainer) -> None:
             "is an update here: raise `batch_size` of the sources and split it by "
             "`model.procedure.micro_batches`"
         )
-    if not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
+    is_sharded = isinstance(trainer.strategy, DeepSpeedStrategy)  # which is a kind of DDP
+    if is_sharded or not isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
         issues.append(
             f"strategy {type(trainer.strategy).__name__} takes a single optimizer; set "
             "`trainer.strategy` to ddp or auto"

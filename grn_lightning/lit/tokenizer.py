@@ -31,7 +31,7 @@ from grn_lightning.lit.checkpoints import (
     select,
     trained_state,
 )
-from grn_lightning.lit.optim import OptimConfig
+from grn_lightning.lit.optim import OptimConfig, SampleSchedule
 from grn_lightning.lit.stepping import (
     ProcedureConfig,
     checkpoint_activations,
@@ -190,17 +190,15 @@ class LitTokenizer(StageModule):
             # A plain attribute: no submodule, so neither checkpoints nor strategies see it.
             object.__setattr__(self, "lpips", LPIPS.load(self.loss.vgg_weights))
 
+    def on_train_start(self) -> None:
+        """Keep a frozen quantizer from learning: codebooks that follow their codes would move."""
+        if self.procedure.trains == "decoder":
+            self.tokenizer.quantizer.eval()
+
     def on_fit_start(self) -> None:
         """Bring LPIPS to where the tokenizer is."""
         if self.loss.perceptual:
             self.lpips.to(self.device)
-
-    def train(self, mode: bool = True) -> "LitTokenizer":
-        """Set the mode; a frozen quantizer learns nothing from passing codes either."""
-        super().train(mode)
-        if hasattr(self, "tokenizer") and self.procedure.trains == "decoder":
-            self.tokenizer.quantizer.eval()
-        return self
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule of the tokenizer and, if there are any, discriminators."""
@@ -231,9 +229,10 @@ class LitTokenizer(StageModule):
                 "which this run does otherwise: start a new run from its weights by "
                 "`model.init_from` instead of resuming it."
             )
-        if not before and self.adversarial is not None:  # to be validated, tested or predicted
-            own = self.adversary.state_dict(prefix="adversary.")
-            checkpoint["state_dict"] = own | checkpoint["state_dict"]
+        if not self._is_resuming:  # discriminators judge nothing outside of training
+            state = {k: v for k, v in checkpoint["state_dict"].items() if k[:10] != "adversary."}
+            own = self.state_dict()
+            checkpoint["state_dict"] = state | {k: own[k] for k in own if k[:10] == "adversary."}
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         steps = loops.get("epoch_loop.manual_optimization.optim_step_progress")
         if steps and not steps["total"]["completed"]:
@@ -280,7 +279,8 @@ class LitTokenizer(StageModule):
         self.count_samples(len(clips))
         schedules = self.lr_schedulers()
         for schedule in schedules if isinstance(schedules, list) else [schedules]:
-            schedule.step()  # type: ignore[union-attr]
+            assert isinstance(schedule, SampleSchedule)
+            schedule.refresh()
         self.log("train/samples_seen", float(self.samples_seen))
 
     def _update_tokenizer(
@@ -294,11 +294,15 @@ class LitTokenizer(StageModule):
             fakes.append(output.reconstruction.detach())
             losses = self._losses(part, output)
             if strength >= 0:
-                losses |= self._adversarial_losses(losses, output, strength)
+                factor, terms = self._adversarial_terms(losses, output, strength)
+                losses |= {f"adversarial_{name}": factor * term for name, term in terms.items()}
             loss = torch.stack(list(losses.values())).sum()
             logs = {f"train/loss_{name}": value.detach() for name, value in losses.items()}
-            error = (output.z - output.z_hat).detach().square().mean()
-            return loss, logs | {"train/loss": loss.detach(), "train/quantization_error": error}
+            logs["train/loss"] = loss.detach()
+            logs["train/quantization_error"] = (output.z - output.z_hat).detach().square().mean()
+            if strength >= 0:
+                logs["gan/weight_factor"] = factor
+            return loss, logs
 
         logs = self._backward(list(parts_of(clips, self.procedure.micro_batches)), loss_of)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -308,22 +312,19 @@ class LitTokenizer(StageModule):
         self.log_dict(logs)
         return fakes
 
-    def _adversarial_losses(
+    def _adversarial_terms(
         self, losses: dict[str, Tensor], output: TokenizerOutput, strength: float
-    ) -> dict[str, Tensor]:
-        """Weighted terms of the discriminators, which learn nothing from this."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Factor and terms of the discriminators, which learn nothing from them."""
+        assert self.adversarial is not None
         with self.adversary.frozen():
             terms = self.adversary.generator_terms(output.reconstruction)
-        if not terms:
-            return {}
-        assert self.adversarial is not None
-        factor = torch.as_tensor(strength, device=self.device)
-        if self.adversarial.is_adaptive:
+        factor = torch.as_tensor(strength, device=output.z.device)
+        if self.adversarial.is_adaptive and terms:
             last = self.tokenizer.decoder.head[-1].get_parameter("weight")
             others, judged = (torch.stack(list(t.values())).sum() for t in (losses, terms))
             factor = factor * adaptive_weight(others, judged, last)
-        self.log("gan/weight_factor", factor)
-        return {f"adversarial_{name}": factor * term for name, term in terms.items()}
+        return factor, terms
 
     def _update_adversary(
         self, clips: Tensor, fakes: list[Tensor], optimizer: LightningOptimizer
