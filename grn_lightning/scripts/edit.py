@@ -15,13 +15,13 @@ from grn_lightning.media.images import to_uint8
 from grn_lightning.media.video import probe_video
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.editing import Edited, InpaintConfig
+from grn_lightning.pipelines.plans import EditPlan, Task
+from grn_lightning.pipelines.recipes import LIST_FILE, Recipe, file_hash, follow_edit
 from grn_lightning.samplers import EditConfig, RefineConfig
 from grn_lightning.scripts.drawing import conditions_for, size_for
-from grn_lightning.scripts.edits import EditPlan, Task
 from grn_lightning.scripts.pictures import new_folder, slug, write_clip, write_sheet
-from grn_lightning.scripts.recipes import LIST_FILE, Recipe, follow_edit
 from grn_lightning.scripts.records import command_line, environment, now
-from grn_lightning.scripts.runs import TrainedRun, choose_device, file_hash, open_run
+from grn_lightning.scripts.runs import TrainedRun, choose_device, open_run
 
 _EDITS = Path("runs/edits")
 _REFINE = RefineConfig()

@@ -11,8 +11,8 @@ from grn_lightning.lit.generator import load_generator
 from grn_lightning.media.images import decode_image
 from grn_lightning.media.video import decode_video
 from grn_lightning.pipelines import GeneratorPipeline
+from grn_lightning.pipelines.recipes import Recipe, check_files, check_weights, follow, read_recipes
 from grn_lightning.scripts.pictures import new_folder, write_clip
-from grn_lightning.scripts.recipes import Recipe, check_files, check_weights, follow, read_recipes
 from grn_lightning.scripts.runs import choose_device
 
 _REPLAYS = Path("runs/replays")

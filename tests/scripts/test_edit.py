@@ -12,9 +12,9 @@ from PIL import Image
 from grn_lightning.media.images import decode_image, encode_png
 from grn_lightning.media.video import decode_video, encode_mp4
 from grn_lightning.pipelines.editing import InpaintConfig
+from grn_lightning.pipelines.plans import TASKS, EditPlan, read_frames
 from grn_lightning.samplers import EditConfig, RefineConfig
 from grn_lightning.scripts.edit import edit
-from grn_lightning.scripts.edits import TASKS, EditPlan, read_frames
 from tests.scripts.conftest import Runs
 from tests.tiny_runs import call_grn
 

@@ -10,9 +10,9 @@ import torch
 
 from grn_lightning.media.images import decode_image, encode_png
 from grn_lightning.media.video import encode_mp4
+from grn_lightning.pipelines.recipes import read_recipes
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.edit import edit
-from grn_lightning.scripts.recipes import read_recipes
 from grn_lightning.scripts.replay import replay
 from tests.scripts.conftest import Runs
 from tests.tiny_runs import call_grn

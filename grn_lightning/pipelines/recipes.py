@@ -5,24 +5,24 @@ edit, the files it was made from with theirs. It says nothing of batches, dates 
 equal pictures have equal recipes, and equal files. `grn replay` follows it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from grn_lightning import __version__
 from grn_lightning.media.images import to_uint8
 from grn_lightning.media.notes import read_note
-from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.editing import DrawJob, Edited
+from grn_lightning.pipelines.generator import GeneratorPipeline
+from grn_lightning.pipelines.plans import EditPlan, carry_out
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.samplers.stopping import AdaptiveSteps
-from grn_lightning.scripts.edits import EditPlan, carry_out
-from grn_lightning.scripts.runs import file_hash
 
 FORMAT = 1
 _KEY = "grn"  # of the format; tells a recipe from any other note
@@ -62,7 +62,7 @@ class Recipe:
     """SHA-256 of the given files, by role."""
     device: str = "cpu"
     """Type of the device; others round differently."""
-    version: str = __version__
+    version: str = field(default_factory=lambda: version("grn-lightning"))
     """Version of this package."""
 
     def as_plain(self) -> dict[str, Any]:
@@ -110,6 +110,12 @@ def _refine_config(plain: Mapping[str, Any]) -> RefineConfig:
     if values.get("adaptive") is not None:
         values["adaptive"] = AdaptiveSteps(**values["adaptive"])
     return RefineConfig(**values)
+
+
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file, as `sha256sum` prints it."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from grn_lightning.media.images import center_crop_resize, decode_image, to_float
 from grn_lightning.media.video import decode_video
-from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.conditions import Condition
 from grn_lightning.pipelines.editing import (
     DrawJob,
@@ -27,6 +26,7 @@ from grn_lightning.pipelines.editing import (
     swap,
     vary,
 )
+from grn_lightning.pipelines.generator import GeneratorPipeline
 from grn_lightning.samplers import EditConfig
 
 Task = Literal["inpaint", "outpaint", "frames", "extend", "vary", "swap"]
