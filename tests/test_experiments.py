@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from grn_lightning.cli import main
-from grn_lightning.lit import generator as generator_stage
+from grn_lightning.lit import code_stage
 from grn_lightning.lit.data import ShardData
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.lit.tokenizer import LitTokenizer
@@ -22,6 +22,7 @@ BASE = ROOT / "experiments" / "_base" / "cpu.yaml"
 DIGITS = ROOT / "experiments" / "tokenizer" / "digits.yaml"
 RUNS = [p for p in sorted((ROOT / "experiments").rglob("*.yaml")) if p.parent.name != "_base"]
 GENERATORS = [path for path in RUNS if "LitGenerator" in path.read_text(encoding="utf-8")]
+TOKENIZERS = [path for path in RUNS if path.parent.name == "tokenizer"]
 
 
 def _name(path: Path) -> str:
@@ -80,9 +81,9 @@ def _tokenizer_of(run: str) -> TokenizerConfig:
 def _weightless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give generators a tokenizer of the right kind that nobody has trained."""
     monkeypatch.setattr(
-        generator_stage, "load_tokenizer", lambda path: HBQTokenizer(_tokenizer_of(path))
+        code_stage, "load_tokenizer", lambda path: HBQTokenizer(_tokenizer_of(path))
     )
-    monkeypatch.setattr(generator_stage, "weights_hash", lambda module: "none")
+    monkeypatch.setattr(code_stage, "weights_hash", lambda module: "none")
 
 
 # --- every experiment -----------------------------------------------------------------------------
@@ -121,6 +122,15 @@ def test_the_data_of_a_generator_are_what_it_asks_for(path: Path) -> None:
         assert data.num_classes == model.generator_config.num_classes
     else:
         assert data.with_captions
+
+
+@pytest.mark.parametrize("path", TOKENIZERS, ids=_name)
+def test_trainers_of_tokenizers_have_no_flags_that_the_stage_refuses(
+    grn: CommandLine, path: Path
+) -> None:
+    trainer = grn.resolve("-c", BASE, "-c", path)["trainer"]
+    assert trainer["gradient_clip_val"] is None
+    assert trainer["accumulate_grad_batches"] == 1
 
 
 def test_experiments_write_into_folders_of_their_own() -> None:
