@@ -33,7 +33,8 @@ def test_clusters_of_latents_keep_more_than_random_groups(digits, trained, tmp_p
     assert psnr["the code itself"] >= psnr["random bits behind the first 1"]
     stored = json.loads((tmp_path / "c.json").read_text())
     assert stored["psnr"] == psnr
-    assert Image.open(report.sheet).width > 7 * 16
+    with Image.open(report.sheet) as sheet:
+        assert sheet.width > 7 * 16
     for name, value in psnr.items():
         assert f"{name:<34} {value:6.2f} dB" in str(report)
 
