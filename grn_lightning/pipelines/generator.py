@@ -90,6 +90,11 @@ class GeneratorPipeline:
     # --- what it is made of -----------------------------------------------------------------------
 
     @property
+    def config(self) -> GRNTextConfig | GRNClassConfig:
+        """Sizes of the generator."""
+        return self.generator.config
+
+    @property
     def is_text(self) -> bool:
         """Whether it draws from captions; else from classes."""
         return isinstance(self.generator.config, GRNTextConfig)

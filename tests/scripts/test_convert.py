@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import grn_lightning
 from grn_lightning.models.grn_class import GRNClass
 from grn_lightning.models.grn_text import GRNText, TextCondition
 from grn_lightning.models.hashes import weights_hash
@@ -45,7 +46,9 @@ def test_stored_weights_give_the_stored_numbers_and_come_back(name, golden, tmp_
     report = call_grn("convert", file, "--out", tmp_path / "ours", *HINTS.get(name, []))
     assert (report.layout, report.num_tensors) == (LAYOUTS[name], len(stored.weights))
 
-    network = read_pretrained(tmp_path / "ours").network()
+    loaded: Any = grn_lightning.load(tmp_path / "ours")
+    assert loaded.config == read_pretrained(tmp_path / "ours").config()
+    network = getattr(loaded, "generator", loaded)
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
     arrays = stored.arrays
