@@ -42,6 +42,7 @@ from grn_lightning.models.sizes import (
     guess_sizes,
     misfit,
     nearest_variant,
+    was_attention_trained,
 )
 from grn_lightning.models.text_encoder import TextEncoderConfig
 from grn_lightning.models.tokenizer import TokenizerConfig
@@ -212,7 +213,7 @@ def identify(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if variant != "auto":
-        guess = _of_variant(variant, hints or SizeHints())
+        guess = _of_variant(variant, tensors, hints or SizeHints())
     else:
         try:
             guess = guess_sizes(tensors, hints)
@@ -227,16 +228,19 @@ def identify(
     return guess
 
 
-def _of_variant(variant: str, hints: SizeHints) -> SizeGuess:
+def _of_variant(variant: str, tensors: Mapping[str, Tensor], hints: SizeHints) -> SizeGuess:
     for family in FAMILIES:
         if variant in VARIANTS[family]:
             config = VARIANTS[family][variant]
+            assumed: dict[str, Any] = {}
+            if family == "tokenizer" and hints.use_mid_attention is None:
+                assumed["use_mid_attention"] = was_attention_trained(tensors)
             given = {
                 name: value
                 for name, value in asdict(hints).items()
                 if value is not None and hasattr(config, name)
             }
-            return SizeGuess(family, replace(config, **given))
+            return SizeGuess(family, replace(config, **(given | assumed)), assumed)
     known = ", ".join(repr(name) for family in FAMILIES for name in VARIANTS[family])
     raise ValueError(f"unknown variant {variant!r}; known are 'auto', {known}.")
 

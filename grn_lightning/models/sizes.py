@@ -215,6 +215,15 @@ def _divide(total: int, by: int, what: str) -> int:
     return total // by
 
 
+def was_attention_trained(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the attention in the middle of a tokenizer has ever acted.
+
+    A new projection is zero, and one that is bypassed in training stays so.
+    """
+    names = [f"{side}.middle.1.proj.weight" for side in ("encoder", "decoder")]
+    return any(name not in tensors or bool(tensors[name].any()) for name in names)
+
+
 def _guess_tokenizer(tensors: Mapping[str, Tensor], shape: _Shapes, hints: SizeHints) -> SizeGuess:
     assumed: dict[str, Any] = {}
     first = "encoder.conv1.weight"
@@ -228,10 +237,7 @@ def _guess_tokenizer(tensors: Mapping[str, Tensor], shape: _Shapes, hints: SizeH
     last = shape("decoder.head.2.weight", 1)
     use_attention = hints.use_mid_attention
     if use_attention is None:
-        # A new projection is zero, and one that is bypassed in training stays so.
-        names = [f"{side}.middle.1.proj.weight" for side in ("encoder", "decoder")]
-        use_attention = any(name not in tensors or bool(tensors[name].any()) for name in names)
-        assumed["use_mid_attention"] = use_attention
+        use_attention = assumed["use_mid_attention"] = was_attention_trained(tensors)
     if hints.num_rounds is None:
         assumed["num_rounds"] = _ROUNDS
     config = TokenizerConfig(

@@ -75,7 +75,7 @@ def _checked(row: PublishedWeights, file: Path, network: nn.Module) -> Network:
     if isinstance(network, GRNText) and row.attention not in (None, network.config.attention):
         raise ValueError(
             f"'{file}' says attention={network.config.attention!r}, these weights have "
-            f"{row.attention!r}; convert the file again with --config.attention {row.attention}."
+            f"{row.attention!r}; convert the file again with `--attention {row.attention}`."
         )
     return network
 

@@ -200,6 +200,20 @@ def test_a_named_variant_must_be_that_variant():
         identify(tensors, variant="S")
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_variant_does_not_tell_whether_the_middle_attention_acts(value):
+    tensors = stand_ins("tokenizer", VARIANTS["tokenizer"]["joint-64d"])
+    for side in ("encoder", "decoder"):
+        tensors[f"{side}.middle.1.proj.weight"] = torch.tensor(value).expand(
+            tensors[f"{side}.middle.1.proj.weight"].shape
+        )
+    assert identify(tensors, variant="joint-64d").config.use_mid_attention == bool(value)
+    told = SizeHints(use_mid_attention=not value)
+    assert identify(tensors, variant="joint-64d", hints=told).config.use_mid_attention != bool(
+        value
+    )
+
+
 def test_missing_and_surplus_tensors_are_listed_with_the_nearest_variant():
     config = VARIANTS["text"]["0b"]
     tensors = stand_ins("text", config)
