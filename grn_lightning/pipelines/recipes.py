@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from grn_lightning.media.images import to_uint8
+from grn_lightning.media.images import decode_image, to_uint8
 from grn_lightning.media.notes import read_note
+from grn_lightning.pipelines.conditions import with_first_frame
 from grn_lightning.pipelines.editing import DrawJob, Edited
 from grn_lightning.pipelines.generator import GeneratorPipeline
 from grn_lightning.pipelines.plans import EditPlan, carry_out
@@ -38,6 +39,8 @@ class Recipe:
     """Where the generator lay."""
     tokenizer: str | None = None
     """Where the tokenizer lay, if not where the generator says."""
+    published: str | None = None
+    """Name of published weights, which `checkpoint` was then a file of."""
     weights: dict[str, str]
     """Hashes of the weights of generator, tokenizer and text encoder."""
     condition: dict[str, Any]
@@ -56,6 +59,10 @@ class Recipe:
     """Steps, guidance, temperature."""
     num_steps: int
     """Steps that the sample took."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the generator computed in."""
+    first_frame: str | None = None
+    """File of the picture that a plain draw started from."""
     edit: EditPlan | None = None
     """What was done to given files; None for a plain draw."""
     files: dict[str, str] = field(default_factory=dict)
@@ -65,10 +72,17 @@ class Recipe:
     version: str = field(default_factory=lambda: version("grn-lightning"))
     """Version of this package."""
 
+    @property
+    def given_files(self) -> dict[str, Path]:
+        """The files that it reads, by role."""
+        if self.edit is not None:
+            return self.edit.files
+        return {} if self.first_frame is None else {"first_frame": Path(self.first_frame)}
+
     def as_plain(self) -> dict[str, Any]:
         """Return it as plain data, with the number of its format."""
         plain = asdict(self) | {"edit": None if self.edit is None else self.edit.as_plain()}
-        return {_KEY: FORMAT, **{name: value for name, value in plain.items() if value != {}}}
+        return {_KEY: FORMAT, **{k: v for k, v in plain.items() if v is not None and v != {}}}
 
     def as_note(self) -> str:
         """Return it as the text that travels in a file."""
@@ -195,8 +209,7 @@ def check_files(recipe: Recipe) -> None:
     Raises:
         ValueError: If one is; it names both hashes.
     """
-    files = {} if recipe.edit is None else recipe.edit.files
-    for role, file in files.items():
+    for role, file in recipe.given_files.items():
         wanted = recipe.files.get(role)
         if not file.is_file():
             raise ValueError(f"its {role} '{file}' is gone; put it back to replay it.")
@@ -234,10 +247,15 @@ def follow(recipe: Recipe, pipeline: GeneratorPipeline) -> Tensor:
     Returns:
         uint8 `(f, 3, h, w)`.
     """
+    pipeline.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
     if recipe.edit is not None:
         clips = follow_edit(recipe, pipeline).clips
     else:
         condition = pipeline.condition({name: [value] for name, value in recipe.condition.items()})
+        if recipe.first_frame is not None:
+            picture = decode_image(Path(recipe.first_frame).read_bytes(), source=recipe.first_frame)
+            first = pipeline.first_frame([picture], size=recipe.size[1:])
+            condition = with_first_frame(condition, first)
         job = draw_job(recipe, pipeline)
         index = job.sample_index
         clips = pipeline.draw(condition, index, size=recipe.size, **job.arguments()).clips

@@ -28,3 +28,4 @@ from grn_lightning.samplers.trace import ElementMasks as ElementMasks
 from grn_lightning.samplers.trace import SampleTrace as SampleTrace
 from grn_lightning.samplers.trace import Trace as Trace
 from grn_lightning.samplers.trace import element_masks as element_masks
+from grn_lightning.samplers.trace import observers as observers

@@ -9,6 +9,7 @@ after it hold a drawn value there or the random one of the start:
 A kept element may have changed its value: the step has drawn it anew (`flips`).
 """
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -84,12 +85,25 @@ class _Steps:
     keep: list[Tensor] = field(default_factory=list)
 
 
+def observers(*parts: Callable[[StepInfo], None]) -> Callable[[StepInfo], None]:
+    """Return an observer that tells several, in order."""
+
+    def observe(info: StepInfo) -> None:
+        for part in parts:
+            part(info)
+
+    return observe
+
+
 class Trace:
     """An observer of `refine` that remembers everything, in main memory.
 
     Rows are told apart by their sample index, so it does not matter in which batch, at which place
     in it, or at which of its steps a sample was met. It is for a few samples at a time: a step
     takes nine bytes per element.
+
+    Args:
+        only: Sample indices to remember; None remembers all.
 
     Example:
         >>> from grn_lightning.samplers import RefineConfig, refine
@@ -108,18 +122,22 @@ class Trace:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, only: Collection[int] | None = None) -> None:
         self._samples: dict[int, _Steps] = {}
+        self._only = only
 
     def __call__(self, info: StepInfo) -> None:
         """Remember a step of every sample in it."""
         index, count = info.sample_index.tolist(), len(info.sample_index)
+        wanted = [n for n, number in enumerate(index) if self._only is None or number in self._only]
+        if not wanted:
+            return
         times = [torch.as_tensor(value).double().expand(count) for value in (info.t, info.t_next)]
         rows = [*times, info.entropy, info.changed_fraction]
         scalars = torch.stack([value.detach().double().cpu() for value in rows], dim=1)  # (b, 4)
         codes, keep = info.codes.cpu(), info.keep.expand_as(info.codes).cpu()
-        for row, number in enumerate(index):
-            steps = self._samples.setdefault(number, _Steps())
+        for row in wanted:
+            steps = self._samples.setdefault(index[row], _Steps())
             steps.scalars.append(scalars[row])
             steps.codes.append(codes[row].clone())
             steps.keep.append(keep[row].clone())
@@ -127,7 +145,7 @@ class Trace:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         """Iterate over the sample indices, in the order in which they were met."""
         return iter(self._samples)
 

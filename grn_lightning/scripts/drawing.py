@@ -40,6 +40,10 @@ class DrawnPart:
     """Calls of the generator, and rows in them."""
     seconds: float
     """Time for conditions, refinement and decoding."""
+    num_steps: Tensor
+    """`(b,)` long: steps of each clip."""
+    entropy: Tensor
+    """`(num_steps, b)` in [0, 1]: mean normalized entropy of the conditional prediction."""
 
 
 def conditions_for(
@@ -179,6 +183,8 @@ def draw_parts(
             elements=result.codes,
             num_forwards=result.num_forwards,
             seconds=end - start,
+            num_steps=result.num_steps,
+            entropy=result.entropy,
         )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grn_lightning.datasets.manifest import write_json
-from grn_lightning.lit.generator import load_generator
 from grn_lightning.media.images import to_uint8
 from grn_lightning.media.video import probe_video
 from grn_lightning.pipelines import GeneratorPipeline
@@ -19,9 +18,10 @@ from grn_lightning.pipelines.plans import EditPlan, Task
 from grn_lightning.pipelines.recipes import LIST_FILE, Recipe, file_hash, follow_edit
 from grn_lightning.samplers import EditConfig, RefineConfig
 from grn_lightning.scripts.drawing import conditions_for, size_for
+from grn_lightning.scripts.opening import AUTO, Opened, open_drawer
 from grn_lightning.scripts.pictures import new_folder, slug, write_clip, write_sheet
 from grn_lightning.scripts.records import command_line, environment, now
-from grn_lightning.scripts.runs import TrainedRun, choose_device, open_run
+from grn_lightning.scripts.runs import choose_device
 
 _EDITS = Path("runs/edits")
 _REFINE = RefineConfig()
@@ -83,14 +83,15 @@ def _clip_facts(file: Path | None) -> tuple[int, float | None]:
     return info.num_frames, info.fps
 
 
-def _plan(pipeline: GeneratorPipeline, run: TrainedRun, given: dict[str, Any]) -> EditPlan:
+def _plan(opened: Opened, given: dict[str, Any]) -> EditPlan:
     """Return what the options of `edit` say is to be done."""
+    pipeline = opened.pipeline
     task, source = given["task"], given["source"]
     is_extended = task == "extend"
     asked = size_for(
         pipeline,
-        run,
-        run.source(),
+        opened.run,
+        {} if opened.run is None else opened.run.source(),
         num_frames=None if is_extended else given["num_frames"],
         image_size=given["image_size"],
     )
@@ -113,16 +114,15 @@ def _plan(pipeline: GeneratorPipeline, run: TrainedRun, given: dict[str, Any]) -
     )
 
 
-def _recipe(pipeline: GeneratorPipeline, run: TrainedRun, given: dict[str, Any]) -> Recipe:
+def _recipe(opened: Opened, given: dict[str, Any]) -> Recipe:
     """Return the recipe of the first result."""
-    plan, tokenizer, refine = _plan(pipeline, run, given), given["tokenizer"], given["refine"]
+    plan, pipeline = _plan(opened, given), opened.pipeline
+    refine = opened.sampling(AUTO, given["refine"], "image" if plan.size[0] == 1 else "video")
     for role, file in plan.files.items():
         if not file.is_file():
             raise ValueError(f"`--{role}`: there is no file '{file}'.")
     return Recipe(
-        checkpoint=str(run.checkpoint),
-        tokenizer=None if tokenizer is None else str(tokenizer),
-        weights=pipeline.hashes,
+        **opened.recipe(given["tokenizer"]),
         condition=_wanted(pipeline, given["prompt"], given["class_label"]),
         negative_prompt=given["negative_prompt"],
         sample_index=given["first_index"],
@@ -210,7 +210,7 @@ def edit(
     `samples.json`.
 
     Args:
-        checkpoint: Checkpoint of a generator, or the folder of its run.
+        checkpoint: Checkpoint of a generator, the folder of its run, or an export.
         task: What to do.
         source: Picture or clip to change, scaled and cropped to the size that is drawn.
         prompt: What the result shall show, for a text-conditional generator; nothing fits all.
@@ -243,10 +243,9 @@ def edit(
     """
     given = dict(locals())
     _check(num_samples, first_index, fps, out)
-    run = open_run(checkpoint)
-    place = None if tokenizer is None else str(tokenizer)
-    pipeline = load_generator(run.checkpoint, tokenizer=place).pipeline.to(choose_device(device))
-    recipe = _recipe(pipeline, run, given)
+    opened = open_drawer(checkpoint, None, folder=checkpoint, tokenizer=tokenizer)
+    pipeline = opened.pipeline.to(choose_device(device))
+    recipe = _recipe(opened, given)
     facts = {
         "command": command_line(edit, given),
         "date": now(),

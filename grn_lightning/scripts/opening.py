@@ -41,6 +41,15 @@ class Opened:
         facts = {"checkpoint": str(self.file), "checkpoint_sha256": file_hash(file)}
         return facts if self.weights is None else {"weights": self.weights, **facts}
 
+    def recipe(self, tokenizer: Path | None) -> dict[str, Any]:
+        """Return what a recipe says of the weights."""
+        return {
+            "checkpoint": str(self.file),
+            "tokenizer": None if tokenizer is None else str(tokenizer),
+            "published": self.weights,
+            "weights": self.pipeline.hashes,
+        }
+
     def sampling(self, name: str, given: RefineConfig, task: str) -> RefineConfig:
         """Return the settings of sampling.
 

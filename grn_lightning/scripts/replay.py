@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grn_lightning.lit.generator import load_generator
 from grn_lightning.media.images import decode_image
 from grn_lightning.media.video import decode_video
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.recipes import Recipe, check_files, check_weights, follow, read_recipes
+from grn_lightning.scripts.opening import open_drawer
 from grn_lightning.scripts.pictures import new_folder, write_clip
 from grn_lightning.scripts.runs import choose_device
 
@@ -51,13 +51,16 @@ def _decoded(file: Path) -> Tensor:
 
 def _open(recipe: Recipe, checkpoint: Path | None, tokenizer: Path | None) -> GeneratorPipeline:
     where = checkpoint or Path(recipe.checkpoint)
+    place = tokenizer or (None if recipe.tokenizer is None else Path(recipe.tokenizer))
+    if recipe.published is not None and checkpoint is None:
+        folder = where.parent
+        return open_drawer(None, recipe.published, folder=folder, tokenizer=place).pipeline
     if not where.exists():
         raise ValueError(
             f"it was made with '{where}', which is not there; name the checkpoint by "
             "`--checkpoint`."
         )
-    place = recipe.tokenizer if tokenizer is None else str(tokenizer)
-    return load_generator(where, tokenizer=place).pipeline
+    return open_drawer(where, None, folder=where.parent, tokenizer=place).pipeline
 
 
 def _is_same(original: Path, replayed: Sequence[Path]) -> bool | None:

@@ -1,8 +1,8 @@
 """`grn sample`: draw pictures or clips from a trained generator."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from grn_lightning import __version__
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.pipelines import GeneratorPipeline
+from grn_lightning.pipelines.recipes import Recipe, file_hash
 from grn_lightning.pipelines.registry import DEFAULT_FOLDER
 from grn_lightning.pipelines.resolutions import FPS
-from grn_lightning.samplers import RefineConfig
+from grn_lightning.samplers import RefineConfig, Trace, observers
 from grn_lightning.scripts.drawing import DrawnPart, conditions_for, draw_parts, step_bar
 from grn_lightning.scripts.frames import write_sample
 from grn_lightning.scripts.opening import AUTO, open_drawer
@@ -22,6 +23,7 @@ from grn_lightning.scripts.pictures import new_folder, slug, write_sheet
 from grn_lightning.scripts.records import command_line, environment, now
 from grn_lightning.scripts.requests import SizeRequest, as_asked, read_picture, style_and_task
 from grn_lightning.scripts.runs import choose_device
+from grn_lightning.scripts.traces import write_traces
 
 _SAMPLES = Path("runs/samples")
 _REFINE = RefineConfig()
@@ -90,6 +92,15 @@ def _labels(wanted: dict[str, list[Any]]) -> list[str]:
     return classes or wanted["captions"]
 
 
+def _recipes(first: Recipe, asked: Mapping[str, Sequence[Any]]) -> list[Recipe]:
+    """Return the recipe of every sample."""
+    field = "captions" if "captions" in asked else "class_labels"
+    return [
+        replace(first, condition={field: value}, sample_index=first.sample_index + n)
+        for n, value in enumerate(asked[field])
+    ]
+
+
 class _Writer:
     """Writes samples as they come, and after each part the list of all so far."""
 
@@ -98,11 +109,11 @@ class _Writer:
         folder: Path,
         labels: Sequence[str],
         first_index: int,
-        fps: float,
+        recipes: Sequence[Recipe],
         job: dict[str, Any],
     ):
         self.folder, self.labels, self.first_index = folder, labels, first_index
-        self.fps, self.job = fps, job
+        self.fps, self.recipes, self.job = recipes[0].fps, recipes, job
         self.rows: list[dict[str, Any]] = []
         self.shown: list[Tensor] = []
         self.seconds = 0.0
@@ -111,12 +122,18 @@ class _Writer:
     def write(self, part: DrawnPart, pipeline: GeneratorPipeline) -> None:
         """Decode and write the samples of a part."""
         start = time.perf_counter()
-        for row, elements in zip(part.rows, part.elements.split(1), strict=True):
+        columns = zip(part.rows, part.elements.split(1), part.num_steps.tolist(), strict=True)
+        for n, (row, elements, num_steps) in enumerate(columns):
             index, label = self.first_index + row, self.labels[row]
             stem = self.folder / f"{index:05d}-{slug(label)}".rstrip("-")
-            written = write_sample(stem, elements, pipeline, fps=self.fps)
-            files = [file.name for file in written.files]
-            self.rows.append(self._facts(index, label) | {"files": files})
+            recipe = replace(self.recipes[row], num_steps=num_steps)
+            written = write_sample(stem, elements, pipeline, fps=self.fps, note=recipe.as_note())
+            self.rows.append(
+                self._facts(index, label)
+                | {"num_steps": num_steps, "files": [file.name for file in written.files]}
+                | {"entropy": [round(h, 4) for h in part.entropy[:num_steps, n].tolist()]}
+                | {"recipe": recipe.as_plain()}
+            )
             if len(self.shown) < _MAX_ON_SHEET:
                 self.shown.append(written.preview)
         self.seconds += time.perf_counter() - start
@@ -130,7 +147,6 @@ class _Writer:
             "prompt": label,
             "sample_index": index,
             "seed": self.job["seed"],
-            "num_steps": refine["num_steps"],
             "guidance_scale": refine["guidance_scale"],
             "checkpoint": self.job["checkpoint"],
             "version": __version__,
@@ -171,6 +187,7 @@ def sample(
     sampling: str = AUTO,
     refine: RefineConfig = _REFINE,
     precision: Literal["fp32", "bf16"] = "fp32",
+    trace: int = 0,
     batch_size: int = 16,
     tokenizer: Path | None = None,
     device: str = "auto",
@@ -206,6 +223,8 @@ def sample(
         refine: Steps, guidance and temperature.
         precision: "bf16" computes the generator in bfloat16, as published; pictures are decoded in
             float32.
+        trace: So many samples are shown step by step too: an animation of what is filled, kept
+            and erased, and curves.
         batch_size: Samples drawn at a time; more need more memory.
         tokenizer: Where the tokenizer lies, if not where it lay in training.
         device: "auto", "cpu" or "cuda".
@@ -246,8 +265,24 @@ def sample(
         "size": list(size),
         "fps": fps,
     }
-    writer = _Writer(_folder(out), labels, first_index, fps, job)
-    with step_bar(len(labels), refine, "sample") as observer:
+    first = Recipe(
+        **opened.recipe(tokenizer),
+        condition={},
+        negative_prompt=negative,
+        sample_index=first_index,
+        seed=seed,
+        size=size,
+        fps=fps,
+        refine=refine,
+        num_steps=refine.num_steps,
+        precision=precision,
+        first_frame=None if first_frame is None else str(first_frame),
+        files={} if first_frame is None else {"first_frame": file_hash(first_frame)},
+        device=pipeline.device.type,
+    )
+    writer = _Writer(_folder(out), labels, first_index, _recipes(first, asked), job)
+    steps = Trace(range(first_index, first_index + trace))
+    with step_bar(len(labels), refine, "sample") as bar:
         for part in draw_parts(
             pipeline,
             asked,
@@ -256,9 +291,10 @@ def sample(
             config=refine,
             seed=seed,
             batch_size=batch_size,
-            observer=observer,
+            observer=observers(bar, steps) if trace else bar,
             negative_prompt=negative,
             decode=False,
         ):
             writer.write(part, pipeline)
+    write_traces(writer.folder, steps, pipeline, labels)
     return writer.finish()

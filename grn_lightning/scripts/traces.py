@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grn_lightning.media.images import to_picture, to_uint8
 from grn_lightning.pipelines import GeneratorPipeline
-from grn_lightning.samplers.trace import SampleTrace
+from grn_lightning.samplers.trace import SampleTrace, Trace
 from grn_lightning.scripts.pictures import as_frames, write_clip
 
 COLOURS = {"filled": "#3aa76d", "kept": "#3b6fb6", "erased": "#d1495b", "blank": "#e4e4e4"}
@@ -176,3 +176,25 @@ def write_curves(file: Path, traces: Sequence[SampleTrace], labels: Sequence[str
     axes[2].legend(fontsize=7, loc="center right")
     figure.savefig(file, dpi=80)
     return file
+
+
+def write_traces(
+    folder: Path, traces: Trace, pipeline: GeneratorPipeline, labels: Sequence[str]
+) -> list[Path]:
+    """Write an animation of every sample that was traced, and their curves.
+
+    Args:
+        folder: Where to; nothing is written if nothing was traced.
+        traces: What an observer has remembered.
+        pipeline: Decodes the complete samples.
+        labels: What was asked for, sample by sample.
+    """
+    shown = dict(zip(traces, labels, strict=False))
+    files = []
+    for number, label in shown.items():
+        stem = folder / f"{number:05d}-steps"
+        files += write_animation(stem, traces[number], pipeline, label=label)
+    if shown:
+        curves = [traces[number] for number in shown]
+        files.append(write_curves(folder / "steps.png", curves, list(shown.values())))
+    return files

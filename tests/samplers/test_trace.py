@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from grn_lightning.samplers import RefineConfig, StepInfo, refine
-from grn_lightning.samplers.trace import Trace, element_masks
+from grn_lightning.samplers.stopping import AdaptiveSteps
+from grn_lightning.samplers.trace import Trace, element_masks, observers
 
 
-def draw(samples: list[int], observer=None, num_steps: int = 7):
+def draw(samples: list[int], observer=None, num_steps: int = 7, **settings):
     def generator(codes: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         values = torch.arange(4) * 11
         per_row = labels.view(-1, *[1] * codes.ndim)
@@ -21,7 +22,7 @@ def draw(samples: list[int], observer=None, num_steps: int = 7):
         sample_index=torch.tensor(samples),
         seed=7,
         alphabet_size=4,
-        config=RefineConfig(num_steps=num_steps),
+        config=RefineConfig(num_steps=num_steps, **settings),
         observer=observer,
     )
 
@@ -82,3 +83,22 @@ def test_a_trace_does_not_care_for_batches() -> None:
 def test_what_was_not_seen_is_not_known() -> None:
     with pytest.raises(KeyError):
         Trace()[3]
+
+
+def test_a_trace_may_be_told_whom_to_watch() -> None:
+    trace, everyone = Trace(only=range(5, 7)), Trace()
+    draw([9, 5, 2], observers(trace, everyone))
+    assert list(trace) == [5]
+    assert list(everyone) == [9, 5, 2]
+    assert trace[5].codes.equal(everyone[5].codes)
+
+
+def test_samples_that_leave_the_batch_are_traced_to_their_end() -> None:
+    trace = Trace()
+    rule = AdaptiveSteps(slope=40.0, offset=-25.0, decision_step=2, min_steps=3)
+    result = draw(list(range(8)), trace, num_steps=12, adaptive=rule)
+    assert len(set(result.num_steps.tolist())) > 1
+    for row, number in enumerate(range(8)):
+        assert trace[number].num_steps == result.num_steps[row]
+        assert trace[number].codes[-1].equal(result.codes[row])
+        assert trace[number].masks.blank[-1].sum() == 0

@@ -14,6 +14,7 @@ from grn_lightning.pipelines.recipes import read_recipes
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.edit import edit
 from grn_lightning.scripts.replay import replay
+from grn_lightning.scripts.sample import sample
 from tests.scripts.conftest import Runs
 from tests.tiny_runs import call_grn
 
@@ -49,6 +50,24 @@ def made(trained: Runs, source: Path, tmp_path_factory: pytest.TempPathFactory) 
 def folder(made: Path, tmp_path: Path) -> Path:
     """A copy of it, to be written to."""
     return shutil.copytree(made, tmp_path / "made")
+
+
+@pytest.mark.parametrize("kind", ["text", "classes"])
+def test_samples_of_a_batch_are_made_again_alone(trained: Runs, kind: str, tmp_path: Path) -> None:
+    wanted = {"prompts": ["seven", "the digit one"]} if kind == "text" else {"class_labels": [7, 1]}
+    made = sample(
+        getattr(trained, kind), **wanted, num_samples=2, out=tmp_path / "out", refine=QUICK, seed=3
+    )
+    rows = json.loads((made.folder / "samples.json").read_text())["samples"]
+    assert [len(row["entropy"]) for row in rows] == [row["num_steps"] for row in rows] == [3] * 4
+    for file, row in zip(made.files, rows, strict=True):
+        [recipe] = read_recipes(file).values()
+        assert json.loads(recipe.as_note()) == row["recipe"]
+        assert recipe.num_steps == row["num_steps"]
+    report = replay(made.files[2], out=tmp_path / "one")
+    assert report.files[0].read_bytes() == made.files[2].read_bytes()
+    whole = replay(made.folder / "samples.json", out=tmp_path / "all")
+    assert (whole.same, whole.compared) == (4, 4)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
