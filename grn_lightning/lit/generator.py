@@ -74,7 +74,12 @@ class CorruptionConfig:
 
 
 def _generator_config(value: Any) -> GRNClassConfig | GRNTextConfig:
-    """Resolve a row's name or the plain data of a checkpoint."""
+    """Resolve a row's name, an export, or the plain data of a checkpoint."""
+    if isinstance(value, str) and is_export(value):
+        config = read_pretrained(value, check=False).config()
+        if isinstance(config, TokenizerConfig):
+            raise ValueError(f"`generator`: '{value}' is an export of a tokenizer.")
+        return config
     if isinstance(value, str):
         table: dict[str, GRNClassConfig | GRNTextConfig] = {**GRN_CLASS, **GRN_TEXT}
         return get_variant(table, value)
@@ -87,7 +92,8 @@ class LitGenerator(CodeStage):
     """Trains a `GRNClass` on classes or a `GRNText` on captions; images and clips alike.
 
     Args:
-        generator: A configuration, or the name of a row of `GRN_CLASS` or `GRN_TEXT`.
+        generator: A configuration, the name of a row of `GRN_CLASS` or `GRN_TEXT`, or an export
+            with the wanted sizes.
         tokenizer: Checkpoint of a tokenizer run, or the run's folder.
         text_encoder: Text tower, for a `GRNText`; "tiny" is trained along.
         corruption: Time distribution and condition dropout.
