@@ -93,7 +93,7 @@ def test_an_unknown_command_is_answered_with_a_hint(capsys, name, hint):
     [
         ("model.init_args.optim.lrr", "'model.optim.lrr'; did you mean 'lr'?"),
         ("model.optimm.lr", "'model.optimm.lr'; did you mean 'optim'?"),
-        ("model.zzz", "'model.zzz'; known are tokenizer, loss, optim, init_from, seed."),
+        ("model.zzz", "'model.zzz'; known are tokenizer, loss, adversarial, optim, procedure, init_from, seed."),
         ("data.imagesize", "'data.imagesize'; did you mean 'image_size'?"),
         ("trainer.max_step", "'trainer.max_step'; did you mean 'max_steps'?"),
         ("modle.seed", "'modle.seed'; did you mean 'model'?"),

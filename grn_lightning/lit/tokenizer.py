@@ -43,10 +43,15 @@ from grn_lightning.lit.stepping import (
 )
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.metrics.reconstruction import reconstruction_metrics
+from grn_lightning.models import vq_tokenizer
 from grn_lightning.models.pretrained import is_export, read_pretrained
-from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig, TokenizerOutput
-from grn_lightning.models.variants import TOKENIZERS, get_variant
-from grn_lightning.nn.blocks3d import ResidualBlock
+from grn_lightning.models.tokenizer import TokenizerOutput
+from grn_lightning.models.tokenizers import (
+    AnyTokenizerConfig,
+    as_tokenizer_config,
+    build_tokenizer,
+)
+from grn_lightning.nn import blocks3d
 from grn_lightning.nn.perceptual import LPIPS
 
 
@@ -89,10 +94,11 @@ class Prediction(NamedTuple):
 
 
 class LitTokenizer(StageModule):
-    """Trains an `HBQTokenizer`; batches are those of `ShardData`.
+    """Trains an `HBQTokenizer` or a `VQTokenizer`; batches are those of `ShardData`.
 
     Args:
-        tokenizer: A configuration, or the name of a row of `models.variants.TOKENIZERS`.
+        tokenizer: A configuration, or the name of a row of `models.variants.TOKENIZERS` or
+            `VQ_TOKENIZERS`.
         loss: Weights of the loss terms that need no discriminator.
         adversarial: Discriminators and their weight; null trains without any.
         optim: Optimizer and schedule of the tokenizer.
@@ -103,11 +109,12 @@ class LitTokenizer(StageModule):
     """
 
     averaged = ("tokenizer",)
+    tokenizer: Any  # HBQTokenizer or VQTokenizer
     lpips: LPIPS
 
     def __init__(
         self,
-        tokenizer: TokenizerConfig | str,
+        tokenizer: AnyTokenizerConfig | str,
         *,
         loss: ReconstructionLossConfig | None = None,
         adversarial: AdversarialConfig | None = None,
@@ -118,10 +125,7 @@ class LitTokenizer(StageModule):
     ):
         super().__init__(optim=optim, seed=seed)
         self.automatic_optimization = False
-        name_or_config = (
-            get_variant(TOKENIZERS, tokenizer) if isinstance(tokenizer, str) else tokenizer
-        )
-        self.tokenizer_config = as_config(TokenizerConfig, name_or_config)
+        self.tokenizer_config = as_tokenizer_config(tokenizer)
         self.loss = as_config(ReconstructionLossConfig, loss)
         self.procedure = as_config(ProcedureConfig, procedure)
         self.adversarial = adversarial and as_config(AdversarialConfig, adversarial)
@@ -152,7 +156,7 @@ class LitTokenizer(StageModule):
         """Build the networks, once."""
         if hasattr(self, "tokenizer"):
             return
-        self.tokenizer = HBQTokenizer(self.tokenizer_config)
+        self.tokenizer = build_tokenizer(self.tokenizer_config)
         if self.init_from is not None:
             state = trained_state(self.init_from)
             self.tokenizer.load_state_dict(select(state, "tokenizer"))
@@ -166,10 +170,11 @@ class LitTokenizer(StageModule):
         """Freeze, save memory and compile as the procedure asks."""
         tokenizer, procedure = self.tokenizer, self.procedure
         if procedure.trains == "decoder":
-            for part in (tokenizer.encoder, tokenizer.conv1, tokenizer.quantizer):
+            for part in tokenizer.encoder_parts:
                 part.requires_grad_(False)
         if procedure.activation_checkpointing:
-            checkpoint_activations(tokenizer, ResidualBlock)
+            for kind in (blocks3d.ResidualBlock, vq_tokenizer.ResidualBlock):
+                checkpoint_activations(tokenizer, kind)
         if procedure.compile is not None:
             tokenizer.encoder.compile(backend=procedure.compile)
             tokenizer.decoder.compile(backend=procedure.compile)
@@ -193,7 +198,7 @@ class LitTokenizer(StageModule):
     def on_train_start(self) -> None:
         """Keep a frozen quantizer from learning: codebooks that follow their codes would move."""
         if self.procedure.trains == "decoder":
-            self.tokenizer.quantizer.eval()
+            self.tokenizer.encoder_parts[-1].eval()
 
     def on_fit_start(self) -> None:
         """Bring LPIPS to where the tokenizer is."""
@@ -321,7 +326,7 @@ class LitTokenizer(StageModule):
             terms = self.adversary.generator_terms(output.reconstruction)
         factor = torch.as_tensor(strength, device=output.z.device)
         if self.adversarial.is_adaptive and terms:
-            last = self.tokenizer.decoder.head[-1].get_parameter("weight")
+            last = self.tokenizer.last_layer.get_parameter("weight")
             others, judged = (torch.stack(list(t.values())).sum() for t in (losses, terms))
             factor = factor * adaptive_weight(others, judged, last)
         return factor, terms
@@ -400,7 +405,7 @@ class LitTokenizer(StageModule):
             self.code_statistics.reset()
 
 
-def _code_statistics(config: TokenizerConfig) -> CodeStatistics | None:
+def _code_statistics(config: AnyTokenizerConfig) -> CodeStatistics | None:
     """Return an empty count of a tokenizer's codes, if it has any."""
     if not config.has_codes:
         return None
@@ -411,7 +416,7 @@ def _code_statistics(config: TokenizerConfig) -> CodeStatistics | None:
     )
 
 
-def load_tokenizer(path: str | Any) -> HBQTokenizer:
+def load_tokenizer(path: str | Any) -> Any:
     """Return a trained tokenizer with averaged weights, frozen and in eval mode.
 
     Args:
@@ -430,6 +435,6 @@ def load_tokenizer(path: str | Any) -> HBQTokenizer:
             f"'{path}' is no checkpoint of a tokenizer run: its hyper-parameters are "
             f"{sorted(hyper_parameters)}. Give one that `LitTokenizer` has written."
         )
-    tokenizer = HBQTokenizer(TokenizerConfig(**config))
+    tokenizer = build_tokenizer(as_tokenizer_config(config))
     tokenizer.load_state_dict(select(averaged_state(checkpoint), "tokenizer"))
     return tokenizer.eval().requires_grad_(False)

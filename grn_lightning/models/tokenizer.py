@@ -340,6 +340,16 @@ class HBQTokenizer(nn.Module):
 
     # ------------------------------------------------------------------ whole clips
 
+    @property
+    def encoder_parts(self) -> tuple[nn.Module, ...]:
+        """What makes codes of clips; the rest makes clips of codes."""
+        return self.encoder, self.conv1, self.quantizer
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that makes pixels."""
+        return self.decoder.head[-1]
+
     def encode(self, clips: Tensor) -> Tensor:
         """Return the latents `(b, d, f', h', w')` of `clips` `(b, 3, f, h, w)`; HBQ's in (-1, 1).
 

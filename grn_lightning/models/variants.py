@@ -143,7 +143,7 @@ VQ_TOKENIZERS: dict[str, VQTokenizerConfig] = {
     "vq-16":     VQTokenizerConfig(),
     "vq-8":      VQTokenizerConfig(width_multipliers=(1, 2, 2, 4)),
     "vq-digits": VQTokenizerConfig(
-        codebook_size=512, width=32, width_multipliers=(1, 2, 2, 2), num_res_blocks=1,
-        latent_width=64,
+        codebook_size=4096, width=32, width_multipliers=(1, 2, 2, 2), num_res_blocks=1,
+        feature_width=64,
     ),
 }

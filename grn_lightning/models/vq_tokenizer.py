@@ -10,11 +10,15 @@ Parameter names and shapes are those of the published checkpoints.
 
 import dataclasses
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from grn_lightning.functional.hbq import ElementSizes
+from grn_lightning.models.tokenizer import TokenizerOutput
+from grn_lightning.nn.quantizers import CodeSizes, QuantizerConfig
 
 _NUM_GROUPS = 32  # of every group normalization, as published
 
@@ -33,7 +37,7 @@ class VQTokenizerConfig:
     """Channels of every level, in units of `width`; each level but the last halves the picture."""
     num_res_blocks: int = 2
     """Residual blocks per level of the encoder; the decoder has one more."""
-    latent_width: int = 256
+    feature_width: int = 256
     """Channels between encoder and codebook (`z_channels`)."""
     commitment_weight: float = 0.25
     """Weight of the distance of latents to their fixed codewords."""
@@ -64,9 +68,40 @@ class VQTokenizerConfig:
         return 1
 
     @property
+    def code_sizes(self) -> CodeSizes:
+        """Channels of the latents, and codes per position with their number of values."""
+        return CodeSizes(self.codebook_dim, 1, self.codebook_size, 0)
+
+    @property
+    def quantizer(self) -> QuantizerConfig:
+        """What is between encoder and decoder, in the words of the switch."""
+        bits = (self.codebook_size - 1).bit_length()
+        return QuantizerConfig(name="vq", codebook_bits=bits, codeword_width=self.codebook_dim)
+
+    @property
     def has_codes(self) -> bool:
         """Whether pictures become integers."""
         return True
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether latents can be decoded from any number of binary rounds."""
+        return False
+
+    @property
+    def num_rounds(self) -> int:
+        """Binary rounds of a code: none."""
+        return 0
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.codebook_dim
+
+    @property
+    def latent_width(self) -> int:
+        """Channels of the latents between encoder and decoder."""
+        return self.codebook_dim
 
     @property
     def code_channels(self) -> int:
@@ -77,6 +112,26 @@ class VQTokenizerConfig:
     def alphabet_size(self) -> int:
         """Values of a code."""
         return self.codebook_size
+
+    @property
+    def bits_per_position(self) -> float:
+        """Bits of the code of a position."""
+        return self.code_sizes.num_bits
+
+    @property
+    def targets(self) -> tuple[Literal["index"], ...]:
+        """Forms in which a generator can predict the codes."""
+        return ("index",)
+
+    def element_sizes(self, target: str) -> ElementSizes:
+        """Return what a generator predicts per position, and out of how many values.
+
+        Raises:
+            ValueError: If the target is none of `targets`.
+        """
+        if target != "index":
+            raise ValueError(f"codes of a codebook are predicted as 'index', got {target!r}.")
+        return ElementSizes(1, self.codebook_size)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the shape `(1, 1, h', w')` of the codes of one picture.
@@ -95,19 +150,6 @@ class VQTokenizerConfig:
                 f"height and width must be multiples of {stride}, got {height} x {width}."
             )
         return 1, 1, height // stride, width // stride
-
-
-class VQOutput(NamedTuple):
-    """What `VQTokenizer.forward` returns; fields as in `models.tokenizer.TokenizerOutput`."""
-
-    reconstruction: Tensor
-    """`(b, 3, 1, h, w)`, about [-1, 1], not clamped."""
-    z: Tensor
-    """`(b, d, 1, h', w')` unit vectors before quantization."""
-    z_hat: Tensor
-    """Their codewords, same shape; the gradient passes straight to `z`."""
-    auxiliary_loss: Tensor
-    """Weighted commitment and codebook losses, a scalar."""
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -243,10 +285,10 @@ class Encoder(nn.Module):
         )
         self.mid = _middle(widths[-1])
         self.norm_out = _norm(widths[-1])
-        self.conv_out = _conv3(widths[-1], config.latent_width)
+        self.conv_out = _conv3(widths[-1], config.feature_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(b, 3, h, w)` to `(b, latent_width, h', w')`."""
+        """Map `(b, 3, h, w)` to `(b, feature_width, h', w')`."""
         x = self.conv_in(x)
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
@@ -261,7 +303,7 @@ class Decoder(nn.Module):
         multipliers = config.width_multipliers[::-1]
         widths = [config.width * m for m in (multipliers[0], *multipliers)]
         last = len(multipliers) - 1
-        self.conv_in = _conv3(config.latent_width, widths[0])
+        self.conv_in = _conv3(config.feature_width, widths[0])
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList(
             Level(
@@ -276,7 +318,7 @@ class Decoder(nn.Module):
         self.conv_out = _conv3(widths[-1], 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(b, latent_width, h', w')` to `(b, 3, h, w)`."""
+        """Map `(b, feature_width, h', w')` to `(b, 3, h, w)`."""
         x = self.conv_in(x)
         for block in (*self.mid, *self.conv_blocks):
             x = block(x)
@@ -320,10 +362,10 @@ class VQTokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Codebook(config.codebook_size, config.codebook_dim)
-        self.quant_conv = nn.Conv2d(config.latent_width, config.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_width, 1)
+        self.quant_conv = nn.Conv2d(config.feature_width, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.feature_width, 1)
 
-    def forward(self, clips: Tensor) -> VQOutput:
+    def forward(self, clips: Tensor) -> TokenizerOutput:
         """Reconstruct pictures `(b, 3, 1, h, w)` through the codebook.
 
         Raises:
@@ -331,12 +373,24 @@ class VQTokenizer(nn.Module):
         """
         z = self.encode(clips)
         codewords = self.dequantize(self.quantize(z.detach()))
-        losses = (
-            self.config.commitment_weight * F.mse_loss(z, codewords.detach()),
-            self.config.codebook_weight * F.mse_loss(codewords, z.detach()),
-        )
+        losses = {
+            "codebook_commitment": self.config.commitment_weight
+            * F.mse_loss(z, codewords.detach()),
+            "codebook": self.config.codebook_weight * F.mse_loss(codewords, z.detach()),
+        }
         z_hat = z + (codewords - z).detach()
-        return VQOutput(self.decode(z_hat), z, z_hat, losses[0] + losses[1])
+        auxiliary = torch.stack([*losses.values()]).sum()
+        return TokenizerOutput(self.decode(z_hat), z, z_hat, auxiliary, losses)
+
+    @property
+    def encoder_parts(self) -> tuple[nn.Module, ...]:
+        """What makes codes of pictures; the rest makes pictures of codes."""
+        return self.encoder, self.quant_conv, self.quantize
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that makes pixels."""
+        return self.decoder.conv_out
 
     def encode(self, clips: Tensor) -> Tensor:
         """Map pictures `(b, 3, 1, h, w)` to unit vectors `(b, d, 1, h', w')`."""

@@ -20,7 +20,7 @@ from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
 from grn_lightning.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 
 VQ = VQTokenizerConfig(
-    codebook_size=40, codebook_dim=3, width=32, width_multipliers=(1,), latent_width=4
+    codebook_size=40, codebook_dim=3, width=32, width_multipliers=(1,), feature_width=4
 )
 HBQ = TokenizerConfig(
     latent_channels=2,

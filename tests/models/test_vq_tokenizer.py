@@ -9,7 +9,7 @@ from safetensors import safe_open
 from grn_lightning.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 
 CONFIG = VQTokenizerConfig(
-    codebook_size=16, codebook_dim=4, width=32, width_multipliers=(1, 1), latent_width=8
+    codebook_size=16, codebook_dim=4, width=32, width_multipliers=(1, 1), feature_width=8
 )
 
 
@@ -30,7 +30,7 @@ def test_published_weights_give_the_stored_codes_and_pictures(golden):
             codebook_dim=meta["codebook_dim"],
             width=meta["width"],
             width_multipliers=tuple(meta["width_multipliers"]),
-            latent_width=meta["z_channels"],
+            feature_width=meta["z_channels"],
         )
     ).eval()
     prefix = "weights."

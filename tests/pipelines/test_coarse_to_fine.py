@@ -12,7 +12,7 @@ from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig, DrawConfig
 
 VQ = VQTokenizerConfig(
-    codebook_size=12, codebook_dim=3, width=32, width_multipliers=(1, 1), latent_width=4
+    codebook_size=12, codebook_dim=3, width=32, width_multipliers=(1, 1), feature_width=4
 )
 HBQ = TokenizerConfig(
     latent_channels=3,

@@ -52,7 +52,7 @@ def test_members_are_drawn_evenly_from_the_cluster_at_each_position():
 def test_codewords_are_replaced_within_their_clusters():
     torch.manual_seed(0)
     config = VQTokenizerConfig(
-        codebook_size=40, codebook_dim=3, width=32, width_multipliers=(1,), latent_width=4
+        codebook_size=40, codebook_dim=3, width=32, width_multipliers=(1,), feature_width=4
     )
     model = VQTokenizer(config).eval()
     clusters = fit_codewords(model, num_clusters=8, num_restarts=1)
