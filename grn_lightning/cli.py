@@ -32,6 +32,7 @@ TOOLS = {
     "encode": "encode shards with a tokenizer, to train generators from codes",
     "cluster": "make the coarse labels of coarse-to-fine prediction, and see what they keep",
     "sample": "draw images or videos from a trained generator",
+    "weights": "list the published weights by name, and which of them lie here",
     "edit": "inpaint, outpaint, extend, vary or swap prompts of given or drawn pictures and clips",
     "replay": "make a picture or clip again from what it says about itself",
     "evaluate": "judge a trained tokenizer or generator on held-out data",
