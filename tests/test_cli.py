@@ -151,7 +151,7 @@ def test_of_two_possible_classes_the_one_that_was_meant_complains(
          "`model.optim.name` must be one of 'adamw', 'muon', got 'sgd'."),
         ("model.optim.lr=-1", "OptimConfig: `lr` must be positive, got -1.0."),
         ("model.tokenizer=digitz",
-         "unknown variant 'digitz'; known are 'image-16d', 'joint-64d', 'digits'."),
+         "unknown variant 'digitz'; known are 'image-16d', 'joint-64d', 'digits', 'vq-16', 'vq-8', 'vq-digits'."),
         ("model.seed=${nope.x}",
          "`model.init_args.seed` refers to '${nope.x}', which there is not."),
         ("model.seed=${eval:1}",
