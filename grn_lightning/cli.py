@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import Parameter, signature
 from traceback import walk_tb
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -31,6 +31,8 @@ TOOLS = {
     "shards": "pack a folder of images or videos into WebDataset shards",
     "encode": "encode shards with a tokenizer, to train generators from codes",
     "cluster": "make the coarse labels of coarse-to-fine prediction, and see what they keep",
+    "check": "check a run, or a training before it begins: grn check -c FILE",
+    "reconstruct": "put pictures and videos of any size through a tokenizer and back",
     "sample": "draw images or videos from a trained generator",
     "weights": "list the published weights by name, and which of them lie here",
     "edit": "inpaint, outpaint, extend, vary or swap prompts of given or drawn pictures and clips",
@@ -53,17 +55,28 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _run_trainer() -> Any:
-    """Hand over to LightningCLI; imported here, so that tools and help start quickly."""
+def _run_trainer(*, run: bool = True) -> Any:
+    """Hand over to LightningCLI; imported here, so that tools and help start quickly.
+
+    Args:
+        run: Whether to run the sub-command of `sys.argv`; else the training is only built.
+    """
     import lightning as L
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from grn_lightning.lit.callbacks import Preflight
     from grn_lightning.lit.checkpoints import whole_checkpoint
 
     class GRNCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            """Let every training check itself; `--preflight.enabled=false` turns it off."""
+            parser.add_lightning_class_args(Preflight, "preflight")
+
         def _parse_ckpt_path(self) -> None:
             """Look for the file; Lightning would let its settings beat the command line."""
+            if not self.config.get("subcommand"):
+                return
             options = self.config[self.config["subcommand"]]
             if options.get("ckpt_path") not in (None, "best", "last", "hpc"):
                 options["ckpt_path"] = str(whole_checkpoint(options["ckpt_path"]))
@@ -84,6 +97,7 @@ def _run_trainer() -> Any:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs=parser_kwargs,
+            run=run,
         )
     except MisconfigurationException as error:  # what Lightning calls a ValueError of settings
         raise ValueError(str(error)) from error
@@ -102,12 +116,19 @@ def _tool(name: str) -> Callable[..., Any]:
     return getattr(import_module(f"grn_lightning.scripts.{name}"), name)
 
 
-def _add_optional_positionals(parser: ArgumentParser, tool: Callable[..., Any]) -> set[str]:
-    """Let a parameter before the star that has a default be left out, but not become an option."""
+def _add_positionals(parser: ArgumentParser, tool: Callable[..., Any]) -> set[str]:
+    """Let a parameter before the star that has a default be left out, but not become an option.
+
+    One that is a list and has no default takes one word or more.
+    """
     help_of = {one.arg_name: one.description for one in parse_docstring(tool.__doc__ or "").params}
     names = set()
     for name, parameter in signature(tool).parameters.items():
         has_default = parameter.default is not Parameter.empty
+        if not has_default and get_origin(parameter.annotation) is list:
+            [kind] = get_args(parameter.annotation)
+            parser.add_argument(name, nargs="+", type=kind, help=help_of.get(name))
+            names.add(name)
         if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD and has_default:
             options = {"type": parameter.annotation, "default": parameter.default}
             parser.add_argument(name, nargs="?", help=help_of.get(name), **options)
@@ -125,8 +146,8 @@ def _run_tool(name: str, args: Sequence[str]) -> Any:
         prog=f"grn {name}", description=TOOLS[name], exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with options")
-    optional = _add_optional_positionals(parser, tool)
-    parser.add_function_arguments(tool, as_positional=True, skip={"config", *optional})
+    known = _add_positionals(parser, tool)
+    parser.add_function_arguments(tool, as_positional=True, skip={"config", *known})
     parameter = signature(tool).parameters.get("config")
     fields: list[str] = []
     if parameter is not None:
@@ -136,10 +157,30 @@ def _run_tool(name: str, args: Sequence[str]) -> Any:
     flat = {field: options.pop(field) for field in fields}
     if parameter is not None:
         options["config"] = parameter.annotation(**flat)
-    result = tool(**options)
+    return _show(tool(**options))
+
+
+def _show(result: Any) -> Any:
+    """Write what a tool returns; what it says is wrong fails the command."""
     if result is not None:
         sys.stdout.write(f"{result}\n")
+    if code := getattr(result, "exit_code", 0):
+        raise SystemExit(code)
     return result
+
+
+def _is_training(args: Sequence[str]) -> bool:
+    """Whether options are those of a training: files of settings."""
+    return any(arg == "-c" or arg.split("=")[0] == "--config" for arg in args)
+
+
+def _check_training(args: Sequence[str]) -> Any:
+    """Build the training that `grn fit` would run with these options, and check it."""
+    from grn_lightning.scripts.check import check_training
+
+    sys.argv = [sys.argv[0], *args]  # LightningCLI warns where it is given both
+    built = _run_trainer(run=False)
+    return _show(check_training(built.model, built.datamodule))
 
 
 def main() -> Any:
@@ -161,6 +202,8 @@ def main() -> Any:
     try:
         if name in TRAINER_COMMANDS:
             return _run_trainer()
+        if name == "check" and _is_training(args):
+            return _check_training(args[1:])
         if name in TOOLS:
             return _run_tool(name, args[num_words:])
         longer = [tool for tool in TOOLS if tool.startswith(f"{name} ")]
@@ -170,7 +213,8 @@ def main() -> Any:
     except (ArgumentError, OmegaConfBaseException, FileNotFoundError, ValueError) as error:
         if isinstance(error, ValueError) and not _is_addressed_to_a_person(error):
             raise
-        options = _options_of(name) if name in TOOLS else ()
+        is_tool = name in TOOLS and not (name == "check" and _is_training(args))
+        options = _options_of(name) if is_tool else ()
         sys.stderr.write(f"grn: {explain(error, options=options)}\n")
         raise SystemExit(2) from error
 

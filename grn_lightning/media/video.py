@@ -225,6 +225,21 @@ def decode_video(
     return torch.stack(frames)
 
 
+def stream_video(path: Path) -> Iterator[Tensor]:
+    """Decode every frame of a video file once, one at a time.
+
+    Yields:
+        uint8 ``(3, h, w)`` in [0, 255], upright, all of the first one's size.
+
+    Raises:
+        ValueError: If the file cannot be decoded.
+    """
+    with _opened(path, None) as container:
+        convert = _Converter(None)
+        for shot in _shots(container):
+            yield convert(shot.frame)
+
+
 def probe_video(data: bytes | Path, *, source: str | None = None) -> VideoInfo:
     """Decode the first frame and count the rest without decoding it.
 
@@ -340,7 +355,13 @@ def encode_mp4(
 
 
 def write_mp4(
-    file: Path, chunks: Iterable[Tensor], *, fps: float, crf: int = 18, note: str | None = None
+    file: Path,
+    chunks: Iterable[Tensor],
+    *,
+    fps: float,
+    crf: int = 18,
+    lossless: bool = False,
+    note: str | None = None,
 ) -> int:
     """Encode a clip that arrives in pieces as H.264 in MP4, with one piece in memory at a time.
 
@@ -351,6 +372,7 @@ def write_mp4(
         chunks: Consecutive frames, uint8 ``(f, 3, h, w)``.
         fps: Frames per second.
         crf: Quality, as in `encode_mp4`.
+        lossless: Store RGB exactly instead, as in `encode_mp4`.
         note: As in `encode_mp4`.
 
     Returns:
@@ -366,8 +388,9 @@ def write_mp4(
         raise FileExistsError(f"'{file}' exists and is not overwritten.")
     part = file.with_name(f".{file.name}.part")
     try:
-        frames = (_even(_as_clip(chunk)) for chunk in chunks)
-        if not (count := _write_mp4(str(part), frames, _rate(fps), crf=crf, note=note)):
+        frames = (_as_clip(chunk) if lossless else _even(_as_clip(chunk)) for chunk in chunks)
+        quality = None if lossless else crf
+        if not (count := _write_mp4(str(part), frames, _rate(fps), crf=quality, note=note)):
             raise ValueError("a clip must have at least one frame, got none.")
         part.replace(file)
     finally:

@@ -154,11 +154,13 @@ def command_line(tool: Callable[..., Any], given: Mapping[str, Any]) -> str:
     for name, parameter in inspect.signature(tool).parameters.items():
         value, default = given[name], parameter.default
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            words += [] if value is None else [_plain(value)]
+            many = default is inspect.Parameter.empty and isinstance(value, list)
+            words += [*map(str, value)] if many else [] if value is None else [_plain(value)]
         elif dataclasses.is_dataclass(value):
             fields = [one.name for one in dataclasses.fields(value)]
             pairs = {key: (getattr(value, key), getattr(default, key)) for key in fields}
-            words += [f"--{name}.{key}={_plain(a)}" for key, (a, b) in pairs.items() if a != b]
+            prefix = "" if name == "config" else f"{name}."  # whose fields are options themselves
+            words += [f"--{prefix}{key}={_plain(a)}" for key, (a, b) in pairs.items() if a != b]
         elif value != default:
             words.append(f"--{name}={_plain(value)}")
     return shlex.join(words)
