@@ -2,6 +2,9 @@
 
 from grn_lightning.samplers.batches import RefinedBatch as RefinedBatch
 from grn_lightning.samplers.batches import refine_in_batches as refine_in_batches
+from grn_lightning.samplers.calibration import StepBudget as StepBudget
+from grn_lightning.samplers.calibration import fit_steps as fit_steps
+from grn_lightning.samplers.calibration import until_decision as until_decision
 from grn_lightning.samplers.conditions import Condition as Condition
 from grn_lightning.samplers.conditions import concatenate_conditions as concatenate_conditions
 from grn_lightning.samplers.conditions import expand_rows as expand_rows
