@@ -16,7 +16,7 @@ from grn_lightning.models.convert import (
 )
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.pretrained import export_files, is_export, read_pretrained
-from grn_lightning.models.sizes import SizeHints
+from grn_lightning.models.sizes import NETWORKS, SizeHints
 from grn_lightning.models.text_encoder import TextEncoderConfig
 
 _HINTS = SizeHints()
@@ -43,15 +43,16 @@ class ConversionReport:
 
     def __str__(self) -> str:
         """Say what it is, and what to look at twice."""
-        sizes = ", ".join(f"{name}={value}" for name, value in self.config.items())
+        told = (n for n, v in self.config.items() if v is not None and not isinstance(v, dict))
+        sizes = ", ".join(f"{name}={self.config[name]}" for name in told)
         lines = [
             f"{self.what}: {self.num_tensors} tensors, {self.num_parameters:,} parameters "
             f"(layout {self.layout!r})",
             f"  {sizes}",
         ]
         if self.assumed:
-            told = ", ".join(f"--{name} {value}" for name, value in self.assumed.items())
-            lines.append(f"  assumed, since no tensor tells it: {told}")
+            options = ", ".join(f"--{name} {value}" for name, value in self.assumed.items())
+            lines.append(f"  assumed, since nothing tells it: {options}")
         return "\n".join([*lines, f"in {', '.join(repr(str(file)) for file in self.files)}"])
 
 
@@ -109,7 +110,7 @@ def convert(
 
 def _report(done: Conversion) -> ConversionReport:
     name, tensors = variant_name(done.guess), done.source.tensors
-    architecture = type(done.guess.config).__name__.removesuffix("Config")
+    architecture = NETWORKS[done.guess.family].__name__
     return ConversionReport(
         files=tuple(export_files(done.file)),
         what=f"{architecture}, {f'variant {name!r}' if name else 'sizes of its own'}",
@@ -127,7 +128,7 @@ def _to_official(file: Path, out: Path, layout: Layout | None) -> ConversionRepo
     tensors = pretrained.network().state_dict()
     return ConversionReport(
         files=(out,),
-        what=type(pretrained.config()).__name__.removesuffix("Config"),
+        what=pretrained.architecture,
         layout=written,
         num_tensors=len(tensors),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
