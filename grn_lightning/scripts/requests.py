@@ -65,8 +65,8 @@ class SizeRequest:
         preset, aspect, seconds = self.preset, self.aspect, self.seconds
         usual = None if opened.weights is None else published(opened.weights).size
         if usual is not None and self.image_size is None:
-            is_usual = preset is None and aspect is None and picture is None
-            preset, aspect = preset or usual[0], usual[1] if is_usual else aspect
+            preset = preset or usual[0]
+            aspect = aspect or (usual[1] if picture is None else None)
         if usual is not None and self.num_frames is None and seconds is None:
             seconds = usual[2]
         if aspect is not None and preset is None:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from grn_lightning.lit.generator import load_generator
-from grn_lightning.media.images import decode_image, to_uint8
-from grn_lightning.media.video import decode_video
+from grn_lightning.media.images import decode_image, encode_png, to_uint8
+from grn_lightning.media.video import decode_video, encode_mp4
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.drawing import draw_parts
 from grn_lightning.scripts.runs import ClipSize
@@ -27,6 +27,18 @@ QUICK = RefineConfig(num_steps=3, guidance_scale=2.0)
 def pictures_in(folder: Path) -> dict[str, bytes]:
     """Bytes of all files but the list."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".json"}
+
+
+def frames_in(file: Path) -> torch.Tensor:
+    """Frames of a clip on disk."""
+    return decode_video(file, fps=None, num_frames=None)
+
+
+def frames_of(clip: torch.Tensor) -> torch.Tensor:
+    """Frames of a drawn clip as they come back from a file: rounded to 8 bits, then encoded."""
+    return decode_video(
+        encode_mp4(to_uint8(clip).transpose(0, 1), fps=8), fps=None, num_frames=None
+    )
 
 
 @pytest.mark.parametrize("kind", ["text", "classes"])
@@ -140,6 +152,79 @@ def test_guided_steps_cost_two_forwards(trained: Runs, tmp_path: Path) -> None:
     plain = sample(trained.text, prompts="x", out=tmp_path / "a", refine=RefineConfig(num_steps=3))
     guided = sample(trained.text, prompts="x", out=tmp_path / "b", refine=QUICK)
     assert (plain.forwards_per_sample, guided.forwards_per_sample) == (3, 6)
+
+
+def test_a_clip_starts_from_the_picture_it_is_given(trained: Runs, tmp_path: Path) -> None:
+    """The same file as through the pipeline, the picture cut to the clips' size, rounded once."""
+    torch.manual_seed(0)
+    picture = torch.randint(256, (3, 20, 40), dtype=torch.uint8)
+    (tmp_path / "first.png").write_bytes(encode_png(picture))
+    made = sample(
+        trained.text,
+        prompts=PROMPTS[:1],
+        first_frame=tmp_path / "first.png",
+        negative_prompt="a house",
+        out=tmp_path / "out",
+        refine=QUICK,
+        seed=3,
+    )
+    drawn = load_generator(trained.text).pipeline.draw_text(
+        PROMPTS[:1],
+        size=(5, 16, 16),
+        pictures=[picture],
+        negative_prompt="a house",
+        config=QUICK,
+        seed=3,
+    )
+    assert frames_in(made.files[0]).equal(frames_of(drawn.clips[0]))
+    facts = json.loads((made.folder / "samples.json").read_text())
+    assert facts["negative_prompt"] == "a house"
+    with pytest.raises(ValueError, match="pictures continue nothing"):
+        sample(trained.classes, class_labels=1, first_frame=tmp_path / "first.png", refine=QUICK)
+
+
+def test_bfloat16_is_the_generator_s_alone(trained: Runs, tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+    made = sample(trained.text, prompts="x", out=tmp_path / "a", refine=QUICK, precision="bf16")
+    pipeline = load_generator(trained.text).pipeline
+    pipeline.autocast = torch.bfloat16
+    block = pipeline.generator.block_chunks[0].module[0].attn  # type: ignore[union-attr]
+    block.register_forward_hook(lambda *args: seen.append(args[2][0].dtype))
+    decoded: list[torch.dtype] = []
+    pipeline.tokenizer.decoder.register_forward_hook(lambda *args: decoded.append(args[2].dtype))
+    drawn = pipeline.draw_text(["x"], size=(5, 16, 16), config=QUICK)
+    assert (set(seen), set(decoded)) == ({torch.bfloat16}, {torch.float32})
+    assert frames_in(made.files[0]).equal(frames_of(drawn.clips[0]))
+
+
+def test_an_export_draws_what_its_run_draws(trained: Runs, tmp_path: Path) -> None:
+    for run, name in ((trained.tokenizer, "tok"), (trained.classes, "c2i")):
+        call_grn("export", run, "--out", tmp_path / "weights" / name)
+    wanted: dict[str, Any] = {"class_labels": [7, 1], "refine": QUICK}
+    first = sample(trained.classes, out=tmp_path / "a", **wanted)
+    second = sample(tmp_path / "weights" / "c2i", out=tmp_path / "b", **wanted)
+    for one, other in zip(first.files, second.files, strict=True):  # their recipes differ
+        assert decode_image(one.read_bytes()).equal(decode_image(other.read_bytes()))
+    with pytest.raises(ValueError, match="is a tokenizer, which draws nothing"):
+        sample(tmp_path / "weights" / "tok", class_labels=1)
+
+
+def test_long_clips_are_decoded_a_few_frames_at_a_time(
+    trained: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as fit the limit; the file is the same to a level, and never was one long clip."""
+    wanted: dict[str, Any] = {"prompts": "x", "num_frames": 9, "refine": QUICK}
+    whole = sample(trained.text, out=tmp_path / "a", **wanted)
+    longest: list[int] = []
+    monkeypatch.setattr("grn_lightning.pipelines.generator.POSITIONS_AT_ONCE", 4)
+    monkeypatch.setattr(
+        "grn_lightning.scripts.frames.to_uint8",
+        lambda frames: longest.append(len(frames)) or to_uint8(frames),
+    )
+    parts = sample(trained.text, out=tmp_path / "b", **wanted)
+    assert longest == [1, 2, 2, 2, 2]
+    clips = [decode_video(one.files[0], fps=None, num_frames=9).int() for one in (whole, parts)]
+    assert (clips[0] - clips[1]).abs().max() <= 2
 
 
 @pytest.mark.parametrize(
