@@ -123,6 +123,7 @@ def evaluate_generator(
                 batch_size=len(clips),
                 observer=observer,
             )
+            assert part.clips is not None, "parts are decoded unless asked not to be"
             judging.add("real", clips, batch)
             judging.add("reconstructions", module.detokenize(module.tokenize(clips)), batch)
             readings = judging.add("samples", part.clips, batch)

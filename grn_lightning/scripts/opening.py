@@ -7,13 +7,13 @@ from typing import Any
 from grn_lightning.lit.generator import load_generator
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.pretrained import export_files, is_export
-from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.loading import load_export
 from grn_lightning.pipelines.published import fetch, load_published, sampling_of
 from grn_lightning.pipelines.registry import published
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.samplers.presets import get_preset
+from grn_lightning.scripts.calibrated import calibrated
 from grn_lightning.scripts.runs import TrainedRun, file_hash, open_run
 
 AUTO = "auto"
@@ -102,9 +102,11 @@ def open_drawer(
     if is_export(checkpoint):
         network = None if tokenizer is None else load_tokenizer(tokenizer)
         loaded = load_export(checkpoint, network)
-        if isinstance(loaded, HBQTokenizer):
+        if not isinstance(loaded, GeneratorPipeline):
             raise ValueError(f"'{checkpoint}' is a tokenizer, which draws nothing.")
         return Opened(loaded, checkpoint, None)
     run = open_run(checkpoint)
     place = None if tokenizer is None else str(tokenizer)
-    return Opened(load_generator(run.checkpoint, tokenizer=place).pipeline, run.checkpoint, run)
+    pipeline = load_generator(run.checkpoint, tokenizer=place).pipeline
+    pipeline.sampling = calibrated(run) or pipeline.sampling
+    return Opened(pipeline, run.checkpoint, run)
