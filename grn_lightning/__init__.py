@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Union
 if TYPE_CHECKING:
     from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig
     from grn_lightning.models.tokenizer import HBQTokenizer
+    from grn_lightning.models.tokenizers import Tokenizer
     from grn_lightning.pipelines import GeneratorPipeline
 
 __version__ = version("grn-lightning")
@@ -17,7 +18,7 @@ def load(
     tokenizer: Union[str, Path, "HBQTokenizer", None] = None,
     *,
     text_encoder: Union["TextEncoder", "TextEncoderConfig", None] = None,
-) -> Union["HBQTokenizer", "GeneratorPipeline"]:
+) -> Union["Tokenizer", "GeneratorPipeline"]:
     """Return a trained tokenizer or generator, frozen, with averaged weights, on the CPU.
 
     Args:

@@ -39,7 +39,6 @@ from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.pretrained import Pretrained, is_export, read_pretrained
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
-from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
 from grn_lightning.pipelines import Condition as Condition
 from grn_lightning.pipelines import GeneratorPipeline, check_text_channels
@@ -77,7 +76,7 @@ def _generator_config(value: Any) -> GRNClassConfig | GRNTextConfig:
     """Resolve a row's name, an export, or the plain data of a checkpoint."""
     if isinstance(value, str) and is_export(value):
         config = read_pretrained(value, check=False).config()
-        if isinstance(config, TokenizerConfig):
+        if not isinstance(config, GRNClassConfig | GRNTextConfig):
             raise ValueError(f"`generator`: '{value}' is an export of a tokenizer.")
         return config
     if isinstance(value, str):
@@ -382,7 +381,7 @@ def load_generator(path: str | Any, *, tokenizer: str | None = None) -> LitGener
 def _load_exported(pretrained: Pretrained, tokenizer: str | None) -> LitGenerator:
     """Build the stage around the mapped tensors of an export."""
     config = pretrained.config()
-    if isinstance(config, TokenizerConfig):
+    if not isinstance(config, GRNClassConfig | GRNTextConfig):
         raise ValueError(f"'{pretrained.file}' is an export of a tokenizer, not of a generator.")
     found = tokenizer or pretrained.tokenizer_beside()
     if found is None:

@@ -8,6 +8,7 @@ from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.pretrained import is_export
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig
 from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.tokenizers import Tokenizer
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.loading import load_export
 
@@ -17,7 +18,7 @@ def load_trained(
     tokenizer: str | Path | HBQTokenizer | None = None,
     *,
     text_encoder: TextEncoder | TextEncoderConfig | None = None,
-) -> HBQTokenizer | GeneratorPipeline:
+) -> Tokenizer | GeneratorPipeline:
     """Return what lies at a path, ready to be used; see `grn_lightning.load`.
 
     Raises:

@@ -32,7 +32,6 @@ from grn_lightning.models.sizes import (
     FAMILIES,
     NETWORKS,
     VARIANTS,
-    AnyConfig,
     Family,
     SizeGuess,
     SizeHints,
@@ -342,11 +341,16 @@ def convert_official(
     return Conversion(source, guess, write_pretrained(out, {kind: network}, info))
 
 
-def family_of(config: AnyConfig) -> Family:
-    """Return the architecture that a configuration is of."""
-    return next(
-        family for family in FAMILIES if type(config) is type(next(iter(VARIANTS[family].values())))
-    )
+def family_of(config: object) -> Family:
+    """Return the published architecture that a configuration is of.
+
+    Raises:
+        ValueError: If it is of another one.
+    """
+    for family, table in VARIANTS.items():
+        if type(config) is type(next(iter(table.values()))):
+            return family
+    raise ValueError(f"a network of {type(config).__name__} has no official layout.")
 
 
 def write_official(

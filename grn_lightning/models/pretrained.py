@@ -36,19 +36,22 @@ from grn_lightning.models.text_encoder import (
     build_text_encoder,
 )
 from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
+from grn_lightning.models.tokenizers import Tokenizer
+from grn_lightning.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 
 FORMAT_VERSION = 1
 """Format that is written; older ones are read, newer ones are refused."""
 
 Kind = Literal["tokenizer", "generator"]
 KINDS = get_args(Kind)
-Network = HBQTokenizer | GRNClass | GRNText
-AnyConfig = TokenizerConfig | GRNClassConfig | GRNTextConfig
+Network = Tokenizer | GRNClass | GRNText
+AnyConfig = TokenizerConfig | VQTokenizerConfig | GRNClassConfig | GRNTextConfig
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT")
 
 ARCHITECTURES: dict[str, tuple[type[Network], type[AnyConfig]]] = {
     "HBQTokenizer": (HBQTokenizer, TokenizerConfig),
+    "VQTokenizer": (VQTokenizer, VQTokenizerConfig),
     "GRNClass": (GRNClass, GRNClassConfig),
     "GRNText": (GRNText, GRNTextConfig),
 }
@@ -302,16 +305,27 @@ class Pretrained:
         except RuntimeError as error:
             raise ValueError(f"'{self.file}' does not describe its tensors: {error}") from error
 
-    def tokenizer(self) -> HBQTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
 
         Raises:
             ValueError: If it is a generator.
         """
         network = self.network() if self.kind == "tokenizer" else None
-        if not isinstance(network, HBQTokenizer):
+        if not isinstance(network, Tokenizer):
             raise ValueError(f"'{self.file}' is an export of a generator, not of a tokenizer.")
         return network
+
+    def hbq_tokenizer(self) -> HBQTokenizer:
+        """Return the tokenizer of a generator that refines.
+
+        Raises:
+            ValueError: If it is a generator, or a tokenizer of another family.
+        """
+        tokenizer = self.tokenizer()
+        if not isinstance(tokenizer, HBQTokenizer):
+            raise ValueError(f"'{self.file}' is a {self.architecture}, which no generator refines.")
+        return tokenizer
 
     def text_encoder(self) -> TextEncoder | None:
         """Return the text encoder that a generator was trained with, if it is known.

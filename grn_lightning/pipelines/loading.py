@@ -11,6 +11,7 @@ from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.pretrained import Pretrained, read_pretrained
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
 from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.tokenizers import Tokenizer
 from grn_lightning.pipelines.conditions import Condition
 from grn_lightning.pipelines.fit import check_text_channels, target_of
 from grn_lightning.pipelines.generator import GeneratorPipeline
@@ -89,7 +90,7 @@ def load_export(
     tokenizer: str | Path | HBQTokenizer | None = None,
     *,
     text_encoder: TextEncoder | TextEncoderConfig | None = None,
-) -> HBQTokenizer | GeneratorPipeline:
+) -> Tokenizer | GeneratorPipeline:
     """Return what an export holds, ready to be used; see `grn_lightning.load`.
 
     Args:
@@ -105,7 +106,7 @@ def load_export(
     if pretrained.kind == "tokenizer":
         return pretrained.tokenizer()
     if not isinstance(tokenizer, HBQTokenizer | None):
-        tokenizer = read_pretrained(tokenizer).tokenizer()
+        tokenizer = read_pretrained(tokenizer).hbq_tokenizer()
     found = find_tokenizer(pretrained, tokenizer)
     if isinstance(text_encoder, TextEncoderConfig):
         text_encoder = build_text_encoder(text_encoder).eval().requires_grad_(False)
@@ -136,7 +137,7 @@ def find_tokenizer(pretrained: Pretrained, given: HBQTokenizer | None) -> HBQTok
         return given
     beside = pretrained.tokenizer_beside()
     if beside is not None:
-        return read_pretrained(beside).tokenizer()
+        return read_pretrained(beside).hbq_tokenizer()
     if expected is not None:
         raise ValueError(
             f"'{pretrained.file}' was trained on codes of tokenizer {expected}, and no export in "

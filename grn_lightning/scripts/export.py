@@ -19,8 +19,9 @@ from grn_lightning.models.pretrained import (
     write_pretrained,
 )
 from grn_lightning.models.text_encoder import TINY, TextEncoderConfig, build_text_encoder
-from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
+from grn_lightning.models.tokenizers import as_tokenizer_config, build_tokenizer
 from grn_lightning.samplers import RefineConfig
+from grn_lightning.scripts.calibrated import calibrated
 from grn_lightning.scripts.runs import TrainedRun, open_run
 
 _SOURCE_FIELDS = ("media", "num_frames", "fps", "image_size")  # of the data, what samples need
@@ -67,7 +68,8 @@ def export(
         checkpoint: Checkpoint of a tokenizer or generator, or the folder of its run.
         out: Name of the export, which becomes `NAME.json` and `NAME.safetensors`.
         weights: The average if the run kept one, or the weights of the last step.
-        sampling: Settings of sampling to recommend for a generator.
+        sampling: Settings of sampling to recommend for a generator; by default those that
+            `grn calibrate` has found.
 
     Raises:
         ValueError: If there is no such run, or `out` exists.
@@ -79,12 +81,12 @@ def export(
     info: dict[str, Any] = {"kind": run.stage, "config": config, "training": _training(run)}
     modules: dict[str, nn.Module]
     if run.stage == "tokenizer":
-        sizes = TokenizerConfig(**config["tokenizer"])
-        modules = {"tokenizer": assign(lambda: HBQTokenizer(sizes), select(state, "tokenizer"))}
+        sizes = as_tokenizer_config(config["tokenizer"])
+        modules = {"tokenizer": assign(lambda: build_tokenizer(sizes), select(state, "tokenizer"))}
     else:
         modules = {"generator": _generator(config["generator"], select(state, "generator"))}
         info["tokenizer_hash"] = read_checkpoint(run.checkpoint)["tokenizer_hash"]
-        info["sampling"] = sampling
+        info["sampling"] = sampling or calibrated(run)
         if config.get("text_encoder") is not None:
             _add_text_encoder(modules, info, select(state, "text_encoder"))
     info["training"]["weights"] = weights
