@@ -33,6 +33,9 @@ class CodeStage(StageModule):
         seed: Seed of all noise.
     """
 
+    reads_codes = True
+    """Batches may hold codes in place of clips; `ShardData` asks."""
+
     tokenizer: HBQTokenizer
     text_encoder: TextEncoder
 

@@ -143,6 +143,16 @@ class ShardData(L.LightningDataModule):
             self._readers["val"] = [
                 self._reader(s, s.split_val, is_val=True) for s in self.sources if s.split_val
             ]
+        module = getattr(self.trainer, "lightning_module", None)
+        coded = self.code_hashes()
+        refuse(
+            f"source {', '.join(coded)}",
+            (
+                bool(coded) and module is not None and not getattr(module, "reads_codes", False),
+                f"{type(module).__name__} learns from pixels, and these shards hold codes; give "
+                "the shards that they were encoded from",
+            ),
+        )
 
     def _refuse_settings_of(self, trainer: L.Trainer) -> None:
         replaces_sampler = bool(trainer._accelerator_connector.use_distributed_sampler)

@@ -1,26 +1,33 @@
 """Code shards hold the samples of pixel shards, whoever was killed; training does not differ."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from grn_lightning.datasets.codes import CODES, FLIPPED, decode_codes
 from grn_lightning.datasets.manifest import Manifest, ShardInfo, read_manifest, write_manifest
 from grn_lightning.datasets.shards import ShardSet
+from grn_lightning.lit.callbacks import EvaluateSamples
 from grn_lightning.lit.checkpoints import find_checkpoint
 from grn_lightning.lit.data import ShardData, ShardSource
+from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.models.hashes import weights_hash
+from grn_lightning.models.text_encoder import TextEncoderConfig
 from grn_lightning.scripts.encode import encode
 from tests.tiny_runs import (
     TINY_DIGITS,
+    TINY_ENCODER,
     call_grn,
     fit,
     generator_config,
@@ -28,6 +35,7 @@ from tests.tiny_runs import (
     logged,
     source,
     start_grn,
+    tokenizer_config,
 )
 
 SIZE = {"num_frames": TINY_DIGITS.num_frames, "image_size": TINY_DIGITS.canvas_size}
@@ -160,6 +168,22 @@ def test_a_cache_of_another_tokenizer_stops_the_run_before_it_starts(
     assert not (tmp_path / "log" / "metrics.csv").exists()
 
 
+def test_who_needs_pixels_says_so(
+    digits: Path, codes: Path, tokenizer_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = tokenizer_config(tmp_path, digits, sources=[source(codes, "video", 4)])
+    with pytest.raises(SystemExit):
+        fit(tmp_path, config)
+    assert "LitTokenizer learns from pixels, and these shards hold codes" in capsys.readouterr().err
+
+    extractor = torch.nn.Flatten()
+    extractor.name, extractor.num_features = "flat", 4  # type: ignore[assignment]
+    judge, module = EvaluateSamples(extractor), LitGenerator.__new__(LitGenerator)
+    judge._left = 1
+    with pytest.raises(ValueError, match="compares samples with pixels.*set `path_val`"):
+        judge.on_validation_batch_end(None, module, None, {"codes": None}, 0)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def copy(codes: Path, tmp_path: Path) -> Path:
     """A copy of the codes of clips, to be damaged."""
@@ -206,6 +230,101 @@ def test_mirrored_codes_must_have_been_stored(
     options = source(tmp_path, "image", 4, horizontal_flip=True, split_train="val")
     with pytest.raises(ValueError, match="no mirrored codes, see `grn encode --flip`"):
         ShardData([ShardSource(**options)], image_size=16).setup("fit")
+
+
+# --- text features --------------------------------------------------------------------------------
+
+SMALL = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text tower with random weights, as open_clip stores one."""
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "small-of-the-cache.json").write_text(json.dumps(SMALL))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL}))
+    open_clip.add_model_config(folder / "small-of-the-cache.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("small-of-the-cache")
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_text(
+    digits: Path, tokenizer_run: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Codes of clips with features of their captions."""
+    folder = tmp_path_factory.mktemp("text")
+    config = TextEncoderConfig(architecture=f"local-dir:{clip_folder}")
+    encode(digits / "clips", tokenizer=tokenizer_run, out=folder / "clips", text_encoder=config)
+    return folder
+
+
+def text_run(
+    folder: Path, digits: Path, tokenizer: Path, path: Path, encoder: dict[str, Any], **data: Any
+) -> dict[int, str]:
+    config = generator_config(
+        folder,
+        digits,
+        tokenizer,
+        kind="text",
+        sources=[source(path, "video", 4, path_val=str(digits / "clips"))],
+        generator={"text_channels": encoder.get("width", 32)},
+        init_args={"text_encoder": encoder, "corruption": {"condition_dropout": 0.5}},
+        data=data,
+    )
+    fit(folder, config)
+    return logged(folder, "train/loss")
+
+
+@pytest.mark.filterwarnings("ignore:Found .* eval mode")  # a frozen tower is
+def test_training_on_cached_features_is_training_on_captions(
+    digits: Path, tokenizer_run: Path, with_text: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    encoder = {"architecture": f"local-dir:{clip_folder}"}
+    args = (digits, tokenizer_run)
+    online = text_run(tmp_path / "a", *args, digits, encoder)
+    cached = text_run(tmp_path / "b", *args, with_text, encoder, with_text_features=True)
+    assert online.keys() == cached.keys()
+    for step, loss in online.items():
+        assert float(cached[step]) == pytest.approx(float(loss), rel=1e-5), step
+
+
+def test_features_of_an_encoder_that_is_trained_or_another_are_refused(
+    digits: Path,
+    tokenizer_run: Path,
+    with_text: Path,
+    clip_folder: Path,
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    args, features = (digits, tokenizer_run, with_text), {"with_text_features": True}
+    with pytest.raises(SystemExit):
+        text_run(tmp_path / "a", *args, TINY_ENCODER, with_text_features=True)
+    assert "must be false where the text encoder is trained" in capsys.readouterr().err
+
+    other = shutil.copytree(clip_folder, tmp_path / "other")
+    file = other / "open_clip_model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(SystemExit):
+        text_run(tmp_path / "b", *args, {"architecture": f"local-dir:{other}"}, **features)
+    assert re.search(
+        r"made by text encoder \w{16}, but the text encoder at hand is \w{16}",
+        capsys.readouterr().err,
+    )
+    with pytest.raises(ValueError, match="must be a frozen one, got 'tiny'"):
+        encode(
+            digits / "clips",
+            tokenizer=tokenizer_run,
+            out=tmp_path / "x",
+            text_encoder=TextEncoderConfig(),
+        )
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

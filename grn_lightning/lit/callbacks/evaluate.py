@@ -111,6 +111,11 @@ class EvaluateSamples(L.Callback):
         if self._left <= 0:
             return
         assert isinstance(pl_module, LitGenerator)
+        if "clips" not in batch:
+            raise ValueError(
+                "EvaluateSamples compares samples with pixels, but the validation batches hold "
+                "codes; set `path_val` of the source to the shards that they were encoded from."
+            )
         real, weights = batch["clips"], batch["weights"]
         self._left -= len(real)
         size = tuple(real.shape[2:])
