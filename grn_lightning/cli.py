@@ -35,6 +35,7 @@ TOOLS = {
     "reconstruct": "put pictures and videos of any size through a tokenizer and back",
     "sample": "draw images or videos from a trained generator",
     "weights": "list the published weights by name, and which of them lie here",
+    "calibrate": "fit adaptive steps of a trained generator to a wanted mean",
     "edit": "inpaint, outpaint, extend, vary or swap prompts of given or drawn pictures and clips",
     "replay": "make a picture or clip again from what it says about itself",
     "evaluate": "judge a trained tokenizer or generator on held-out data",

@@ -2,10 +2,11 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from grn_lightning.functional.guidance import GUIDANCE_SCHEDULES, guidance_scale_at
 from grn_lightning.functional.timesteps import SCHEDULES, step_grid
@@ -170,3 +171,20 @@ class RefineConfig:
             t = max(t, start_time)
             planned.append(Step(number, t, t_next, scale_at(t), temperature))
         return planned
+
+
+def config_from_plain(values: Mapping[str, Any]) -> RefineConfig:
+    """Return the settings that were stored as plain data (`dataclasses.asdict`, JSON, YAML).
+
+    Raises:
+        ValueError: If there is a setting that this version does not know.
+    """
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    try:
+        if plain.get("adaptive") is not None:
+            plain["adaptive"] = AdaptiveSteps(**plain["adaptive"])
+        return RefineConfig(**plain)
+    except TypeError as error:
+        raise ValueError(f"no settings of sampling: {error}.") from error

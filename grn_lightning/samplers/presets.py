@@ -24,6 +24,8 @@ _TEXT = RefineConfig(
 )
 
 PRESETS: dict[str, RefineConfig] = {
+    # The defaults, whatever comes with the weights.
+    "plain": RefineConfig(),
     # Class-conditional: "B-index" and "L-index", 256 x 256 pixels.
     "c2i-b": _B,
     "c2i-b-adaptive": replace(_B, adaptive=_B_RULE),
