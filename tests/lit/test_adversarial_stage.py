@@ -237,6 +237,7 @@ def test_a_checkpoint_of_a_game_is_a_tokenizer_to_everybody_else(game):
 # --- how an update is computed --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_micro_batches_take_the_step_of_the_whole_batch(digits, tmp_path):
     """Also in unequal parts: five samples in three. Spectral norms know of no batch."""
     found = []
@@ -326,6 +327,7 @@ def test_activation_checkpointing_saves_memory_and_nothing_else():
     assert tensors_equal(found[0], found[1])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
 def test_compiled_networks_compute_the_same_under_the_same_names():
     torch.manual_seed(0)
