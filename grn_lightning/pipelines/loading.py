@@ -16,7 +16,7 @@ from grn_lightning.pipelines.conditions import Condition
 from grn_lightning.pipelines.fit import check_text_channels, target_of
 from grn_lightning.pipelines.generator import GeneratorPipeline
 from grn_lightning.samplers import RefineConfig
-from grn_lightning.samplers.stopping import AdaptiveSteps
+from grn_lightning.samplers.config import config_from_plain
 
 
 class LonePipeline(GeneratorPipeline):
@@ -153,11 +153,8 @@ def sampling_of(pretrained: Pretrained) -> RefineConfig:
         ValueError: If they are none that this version knows.
     """
     stored = dict(pretrained.info.get("sampling") or {})
-    stored.pop("calibration", None)
-    stored = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()}
+    stored.pop("calibration", None)  # how they were found
     try:
-        if stored.get("adaptive") is not None:
-            stored["adaptive"] = AdaptiveSteps(**stored["adaptive"])
-        return RefineConfig(**stored)
-    except TypeError as error:
-        raise ValueError(f"'{pretrained.file}': no settings of sampling: {error}.") from error
+        return config_from_plain(stored)
+    except ValueError as error:
+        raise ValueError(f"'{pretrained.file}': {error}") from error

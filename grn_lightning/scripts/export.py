@@ -1,5 +1,6 @@
 """`grn export`: what a run has learned, as one safetensors file and one JSON."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from grn_lightning.models.text_encoder import TINY, TextEncoderConfig, build_tex
 from grn_lightning.models.tokenizers import as_tokenizer_config, build_tokenizer
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.calibrated import calibrated
+from grn_lightning.scripts.calibrated import SAMPLING_FILE, calibrated
 from grn_lightning.scripts.runs import TrainedRun, open_run
 
 _SOURCE_FIELDS = ("media", "num_frames", "fps", "image_size")  # of the data, what samples need
@@ -119,6 +121,14 @@ def _add_text_encoder(
     encoder = build_text_encoder(config)
     encoder.load_state_dict(tensors)
     modules["text_encoder"] = encoder
+
+
+def _calibrated(run: TrainedRun) -> dict[str, Any] | None:
+    """Settings that a run was calibrated to, with how they came about."""
+    file = run.folder / SAMPLING_FILE
+    if calibrated(run) is None:  # refuses what is no such file
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _training(run: TrainedRun) -> dict[str, Any]:

@@ -82,6 +82,16 @@ def test_the_json_tells_sizes_hashes_and_data_but_no_place(trained, exports):
     assert info["config"]["text_encoder"]["architecture"] == "tiny"
 
 
+def test_settings_that_a_run_was_calibrated_to_go_along(runs, tmp_path):
+    found = {"num_steps": 9, "adaptive": None, "calibration": {"mean": 0.25}}
+    (runs.classes / "sampling.json").write_text(json.dumps(found))
+    call_grn("export", runs.classes, "--out", tmp_path / "x")
+    assert json.loads((tmp_path / "x.json").read_text())["sampling"] == found
+    loaded = grn_lightning.load(tmp_path / "x", runs.tokenizer)
+    assert isinstance(loaded, GeneratorPipeline)
+    assert loaded.sampling.num_steps == 9
+
+
 def test_the_report_names_files_and_hashes(trained, tmp_path):
     report = str(call_grn("export", trained.classes, "--out", tmp_path / "x"))
     assert report.startswith("GRNClass, averaged weights: generator ")
