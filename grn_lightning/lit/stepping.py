@@ -82,10 +82,10 @@ def refuse_trainer_flags(trainer: L.Trainer) -> None:
             f"strategy {type(trainer.strategy).__name__} takes a single optimizer; set "
             "`trainer.strategy` to ddp or auto"
         )
-    if str(trainer.precision).startswith("16"):
+    if str(trainer.precision) not in ("32-true", "64-true", "bf16-mixed"):
         issues.append(
-            f"`trainer.precision` is {trainer.precision}, whose loss scaling two players cannot "
-            "share: take bf16-mixed or 32-true"
+            f"`trainer.precision` is {trainer.precision}, but two players share no loss scaling, "
+            "and weights stay in float32: take bf16-mixed or 32-true"
         )
     if issues:
         raise ValueError("the tokenizer stage: " + "; ".join(issues) + ".")

@@ -481,7 +481,8 @@ def test_trainer_flags_that_would_not_act_are_refused(digits, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"precision": "16-mixed"}, "take bf16-mixed or 32-true"),
+        ({"precision": "16-mixed"}, "is 16-mixed, .* take bf16-mixed or 32-true"),
+        ({"precision": "bf16-true"}, "is bf16-true, .* take bf16-mixed or 32-true"),
         ({"strategy": DeepSpeedStrategy()}, "DeepSpeedStrategy takes a single optimizer; set"),
     ],
 )
