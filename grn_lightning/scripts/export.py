@@ -22,7 +22,6 @@ from grn_lightning.models.pretrained import (
 from grn_lightning.models.text_encoder import TINY, TextEncoderConfig, build_text_encoder
 from grn_lightning.models.tokenizers import as_tokenizer_config, build_tokenizer
 from grn_lightning.samplers import RefineConfig
-from grn_lightning.scripts.calibrated import calibrated
 from grn_lightning.scripts.calibrated import SAMPLING_FILE, calibrated
 from grn_lightning.scripts.runs import TrainedRun, open_run
 
@@ -88,7 +87,7 @@ def export(
     else:
         modules = {"generator": _generator(config["generator"], select(state, "generator"))}
         info["tokenizer_hash"] = read_checkpoint(run.checkpoint)["tokenizer_hash"]
-        info["sampling"] = sampling or calibrated(run)
+        info["sampling"] = sampling or _calibrated(run)
         if config.get("text_encoder") is not None:
             _add_text_encoder(modules, info, select(state, "text_encoder"))
     info["training"]["weights"] = weights
