@@ -39,6 +39,8 @@ from grn_lightning.samplers import (
 )
 from grn_lightning.samplers.calibration import steps_of
 
+PARTS = ("class", "text", "queue", "loop", "calls")
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -49,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--loop_batch", type=int, default=8, help="samples of question 3")
     parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="some of the questions")
     parser.add_argument("--quick", action="store_true", help="fewer samples, narrower networks")
     return parser.parse_args()
 
@@ -140,8 +143,9 @@ class Drawer:
         return replace(config, adaptive=rule)
 
 
-def time_saved(title: str, drawer: Drawer, config: RefineConfig, batch: int) -> None:
+def time_saved(title: str, drawer: Drawer, preset: str, batch: int) -> None:
     """Question 1."""
+    config = get_preset(preset)
     print(f"{title}, batch {batch}, {config.num_steps} steps", flush=True)
     adaptive = drawer.calibrated(config, batch)
     options = drawer.options(batch)
@@ -245,16 +249,20 @@ def main() -> None:
     if args.quick:
         args.width, args.depth, args.heads = 32, 2, 4
         args.batch, args.loop_batch, args.requests = 16, 2, 64
-    interval = get_preset("c2i-b")
     small = Drawer(args, "class", (8, 8))
-    time_saved(
-        "class-conditional, 8 x 8 positions, published guidance", small, interval, args.batch
-    )
-    text = Drawer(args, "text", (2, 4, 4))
-    time_saved("text-conditional, 2 x 4 x 4", text, get_preset("t2v"), args.batch)
-    occupancy(Drawer(args, "class", (4, 4)), args.requests, args.batch)
-    against_the_published_loop(Drawer(args, "class", (16, 16)), args.loop_batch)
-    cost_of_equal_calls(small, args.batch)
+    parts = {
+        "class": lambda: time_saved("class-conditional, 8 x 8", small, "c2i-b", args.batch),
+        "text": lambda: time_saved(
+            "text-conditional, 2 x 4 x 4", Drawer(args, "text", (2, 4, 4)), "t2v", args.batch
+        ),
+        "queue": lambda: occupancy(Drawer(args, "class", (4, 4)), args.requests, args.batch),
+        "loop": lambda: against_the_published_loop(
+            Drawer(args, "class", (16, 16)), args.loop_batch
+        ),
+        "calls": lambda: cost_of_equal_calls(small, args.batch),
+    }
+    for name in args.parts or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":
