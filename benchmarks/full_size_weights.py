@@ -122,7 +122,7 @@ def stage(name: str, *args: str) -> None:
 
 def measure(label: str, unit: int, name: str, *args: object) -> None:
     command = [sys.executable, __file__, "--stage", name, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     extra, base, seconds = result.stdout.split()[-3:]
     print(
         f"{label:<34} {int(extra) / MEGABYTE:8.0f} MiB  {int(extra) / unit:5.2f} x  "
