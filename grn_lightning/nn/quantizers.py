@@ -102,8 +102,9 @@ class QuantizerConfig:
     """VQ: weight of the old codewords in their moving average, in [0, 1)."""
     revive_below: float = 0.05
     """VQ: a codeword that on average gets fewer latents per step is replaced by one of them."""
-    commitment_weight: float = 0.25
-    """VQ, LFQ, BSQ: weight of the mean squared distance of latents to their quantized values."""
+    commitment_weight: float = 0.0
+    """VQ, LFQ, BSQ: weight of the mean squared distance of latents to their quantized values. 0.25
+    is published for VQ; beside a small loss it collapses the codes (`docs/quantizers.md`)."""
     entropy_weight: float = 0.1
     """LFQ, BSQ: weight of the entropy per position less the entropy overall, per bit."""
     temperature: float = 0.25
@@ -370,7 +371,7 @@ class Codebooks(Quantizer):
         z_hat = self.decode(codes)
         if self.training:
             self._learn(z.detach(), codes)
-        distance = (z - z_hat).square().mean() * self.config.codeword_width  # of unit vectors
+        distance = (z - z_hat).square().mean()
         losses = {"commitment": self.config.commitment_weight * distance}
         return Quantized(straight_through(z, z_hat), losses)
 
