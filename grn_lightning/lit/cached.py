@@ -1,5 +1,6 @@
 """Training on what `grn encode` has stored: what is checked first, and what takes its place."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,19 @@ def refuse_foreign_cache(data: Any, *, tokenizer_hash: str, text_encoder: nn.Mod
     expected = text_encoder_hash(text_encoder)
     for source, found in text_hashes.items():
         _named(source, found, expected, "text encoder")
+
+
+def is_cached_already(data: Any) -> bool:
+    """Whether all training sources hold codes, in which case `cache_codes` has nothing to do."""
+    hashes = data.code_hashes() if hasattr(data, "code_hashes") else {}
+    found = [name for name in hashes if name.endswith("(train)")]
+    if not found or len(found) < len(data.sources):
+        return False
+    warnings.warn(
+        f"`cache_codes` is ignored: the source {', '.join(found)} holds codes already.",
+        stacklevel=2,
+    )
+    return True
 
 
 def _named(source: str, found: str, expected: str, what: str) -> None:

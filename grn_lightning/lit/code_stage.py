@@ -14,7 +14,11 @@ from torch import Tensor
 from grn_lightning.datasets.samples import Batch
 from grn_lightning.functional import Stream, counter_uniform
 from grn_lightning.lit.base import StageModule
-from grn_lightning.lit.cached import cached_condition, refuse_foreign_cache
+from grn_lightning.lit.cached import (
+    cached_condition,
+    is_cached_already,
+    refuse_foreign_cache,
+)
 from grn_lightning.lit.checkpoints import weights_hash
 from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.tokenizer import load_tokenizer
@@ -101,7 +105,7 @@ class CodeStage(StageModule):
             text_encoder=self.text_encoder if self.is_text else None,
         )
         sources = getattr(getattr(self.trainer, "datamodule", None), "sources", [])
-        if not self.cache_codes:
+        if not self.cache_codes or is_cached_already(getattr(self.trainer, "datamodule", None)):
             return
         if any(source.horizontal_flip or source.random_window for source in sources):
             raise ValueError(

@@ -122,6 +122,22 @@ def test_training_on_codes_is_training_on_pixels(
     assert len(losses["codes"][0]) == 4
 
 
+def test_a_memory_of_what_is_cached_already_is_pointed_out(
+    digits: Path, tokenizer_run: Path, codes: Path, tmp_path: Path
+) -> None:
+    config = generator_config(
+        tmp_path,
+        digits,
+        tokenizer_run,
+        kind="text",
+        sources=[source(codes, "video", 4, horizontal_flip=True)],
+        init_args={"cache_codes": True},
+        trainer={"max_steps": 1},
+    )
+    with pytest.warns(UserWarning, match="`cache_codes` is ignored: the source 'clips'"):
+        fit(tmp_path, config)
+
+
 def test_validation_may_read_pixels_beside_codes(digits: Path, codes: Path) -> None:
     clips = source(codes, "video", 4, path_val=str(digits / "clips"))
     data = ShardData([ShardSource(**clips)], image_size=16)
