@@ -9,6 +9,7 @@ devices nor on an interruption.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grn_lightning.datasets.samples import Batch
@@ -33,6 +34,7 @@ from grn_lightning.lit.checkpoints import (
 )
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
+from grn_lightning.lit.prediction import PredictionPlan
 from grn_lightning.lit.tokenizer import Prediction
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
@@ -41,7 +43,7 @@ from grn_lightning.models.pretrained import Pretrained, is_export, read_pretrain
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
 from grn_lightning.pipelines import Condition as Condition
-from grn_lightning.pipelines import GeneratorPipeline, check_text_channels
+from grn_lightning.pipelines import Drawn, GeneratorPipeline, check_text_channels
 from grn_lightning.pipelines import target_of as target_of
 from grn_lightning.samplers import RefineConfig, RefineResult
 
@@ -131,6 +133,7 @@ class LitGenerator(CodeStage):
         self.generator_config = config
         self.corruption = as_config(CorruptionConfig, corruption)
         self.init_from = init_from
+        self.prediction = PredictionPlan()
         self.save_hyperparameters(
             {
                 "generator": as_plain(self.generator_config),
@@ -276,23 +279,39 @@ class LitGenerator(CodeStage):
         self._log_judgement("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
-        """Draw a sample for every held-out condition, by the default `RefineConfig`."""
-        real = batch["weights"] > 0
-        rows = real.nonzero().flatten().tolist()
-        asked: dict[str, Any] = {"keys": [batch["keys"][row] for row in rows]}
+        """Draw samples for held-out conditions, those that `prediction` asks for."""
+        missing = self.prediction.missing(batch)
+        size = len(batch["keys"])
+        parts = [missing[n : n + size] for n in range(0, len(missing), size)]
+        drawn = [self._predict_part(batch, part) for part in parts]
+        empty = torch.empty(0)
+        return Prediction(
+            keys=[batch["keys"][row] for row, _ in missing],
+            codes=torch.cat([part.elements for part in drawn]) if drawn else empty,
+            clips=torch.cat([part.clips for part in drawn]) if drawn else empty,
+            numbers=tuple(number for _, number in missing),
+            conditions=tuple(self._condition_of(batch, row) for row, _ in missing),
+            num_steps=tuple(n for part in drawn for n in part.num_steps.tolist()),
+        )
+
+    def _condition_of(self, batch: Any, row: int) -> str | int:
+        return batch["captions"][row] if self.is_text else int(batch["class_labels"][row])
+
+    def _predict_part(self, batch: Any, pairs: list[tuple[int, int]]) -> Drawn:
+        """Draw for pairs of a row of the batch and the number of a sample."""
+        rows = [row for row, _ in pairs]
+        wanted: dict[str, Any] = {}
         if "captions" in batch:
-            asked["captions"] = [batch["captions"][row] for row in rows]
+            wanted["captions"] = [batch["captions"][row] for row in rows]
         if "class_labels" in batch:
-            asked["class_labels"] = batch["class_labels"][real]
-        frames, height, width = batch.get("clip_size") or batch["clips"].shape[2:]
-        result = self.sample(
-            self.condition(asked),
-            batch["sample_index"][real],
-            grid=self.latent_grid(frames, height, width),
-            config=RefineConfig(),
+            wanted["class_labels"] = batch["class_labels"][rows]
+        return self.pipeline.draw(
+            self.condition(wanted),
+            torch.tensor([number for _, number in pairs], device=self.device),
+            size=tuple(batch.get("clip_size") or batch["clips"].shape[2:]),
+            config=self.prediction.refine,
             seed=self.seed,
         )
-        return Prediction(asked["keys"], result.codes, self.detokenize(result.codes))
 
     def _log_judgement(self, prefix: str) -> None:
         result = self.val_accuracy.compute()

@@ -91,6 +91,12 @@ class Prediction(NamedTuple):
     """`(b, d, f', h', w')` HBQ codes of the tokenizer; of the generator its elements."""
     clips: Tensor
     """`(b, 3, f, h, w)` in [-1, 1]: reconstructions, or samples."""
+    numbers: tuple[int, ...] = ()
+    """Of the samples that a generator has drawn; they name noise and files."""
+    conditions: tuple[str | int, ...] = ()
+    """What these were drawn for: captions, or classes."""
+    num_steps: tuple[int, ...] = ()
+    """How many steps these took."""
 
 
 class LitTokenizer(StageModule):

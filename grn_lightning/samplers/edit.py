@@ -48,12 +48,14 @@ _NEVER = 2**30  # steps since an element was selected that never was
 class EditConfig:
     """Which elements an edit may change."""
 
-    position_threshold: float = 0.05
+    position_threshold: float = 0.02
     """Positions whose elements lose more probability than this on average are selected; between -1
     and 1. Infinity selects none, -infinity all."""
 
-    element_threshold: float = 0.0
-    """Elements of a selected position that lose more probability than this are selected."""
+    element_threshold: float = 0.5
+    """Elements of a selected position that lose more probability than this are selected. Higher
+    values keep more of the source; this and the former are the best of some that were tried on
+    the embedded clips (docs/sampling.md)."""
 
     lock_steps: int = 2
     """Steps for which an element may still be edited after it was last selected."""

@@ -63,13 +63,16 @@ def _open(recipe: Recipe, checkpoint: Path | None, tokenizer: Path | None) -> Ge
     return open_drawer(where, None, folder=where.parent, tokenizer=place).pipeline
 
 
-def _is_same(original: Path, replayed: Sequence[Path]) -> bool | None:
-    """Compare pixels with the file of the same kind; None where there is nothing to compare."""
+def _is_same(original: Path, clip: Tensor, replayed: Sequence[Path]) -> bool | None:
+    """Compare pixels; None where there is nothing to compare with.
+
+    A file without loss holds the replay itself. Of others the file of the same kind is compared.
+    """
     peers = [file for file in replayed if file.suffix == original.suffix]
     if not original.is_file() or not peers:
         return None
-    first, second = _decoded(original), _decoded(peers[0])
-    return first.shape == second.shape and torch.equal(first, second)
+    first = _decoded(original)
+    return torch.equal(first, clip) or torch.equal(first, _decoded(peers[0]))
 
 
 def replay(
@@ -114,6 +117,6 @@ def replay(
         stem = folder / Path(name).name.removesuffix(Path(name).suffix)
         written = write_clip(stem, clip, fps=recipe.fps, note=recipe.as_note())
         files.append(written[0])
-        same.append(_is_same(file.with_name(name), written))
+        same.append(_is_same(file.with_name(name), clip, written))
     compared = [is_same for is_same in same if is_same is not None]
     return ReplayReport(tuple(files), sum(compared), len(compared), target.type, first.device)
