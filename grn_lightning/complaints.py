@@ -20,7 +20,16 @@ _UNKNOWN = re.compile(
     r"[Oo]ption '([\w.]+)' is not accepted|does not accept option '([\w.]+)'"
     r"|unrecognized arguments: --([\w.+-]+)"
 )
-_TOP_LEVEL = ("config", "model", "data", "trainer", "seed_everything", "ckpt_path", "weights_only")
+_TOP_LEVEL = (
+    "config",
+    "model",
+    "data",
+    "trainer",
+    "preflight",
+    "seed_everything",
+    "ckpt_path",
+    "weights_only",
+)
 _FEW = 16  # so many allowed keys are listed
 
 
