@@ -14,7 +14,19 @@ from torch import Tensor
 
 _LARGEST = torch.finfo(torch.float32).max
 _LARGE_ODDS = 1e4  # log-odds at which float32 has long had a probability of 0
+_CACHED_LOGITS = 2**16  # computed at a time on a CPU; 2**15 to 2**17 are equally fast
 _BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1
+
+
+def _rows_at_a_time(logits: Tensor) -> int:
+    """Return how many entries of the first axis to compute at a time.
+
+    On a CPU all temporaries of a part stay in the second-level cache, which makes drawing from 16
+    values three times as fast; a GPU is given everything at once.
+    """
+    if logits.device.type != "cpu" or logits.ndim < 2 or logits.numel() <= _CACHED_LOGITS:
+        return max(1, len(logits))
+    return max(1, _CACHED_LOGITS * len(logits) // logits.numel())
 
 
 def _from_the_top(logits: Tensor) -> Tensor:
@@ -87,6 +99,20 @@ def draw(
     elif temperature == 0:
         return logits.argmax(-1)
     u = u.float().clamp(max=_BELOW_ONE)  # a float64 number may round up to 1
+    count = _rows_at_a_time(logits)
+    if count >= len(logits):
+        return _draw(logits, u, temperature)
+    parts = zip(logits.split(count), u.split(count), strict=True)
+    if isinstance(temperature, Tensor):
+        temperatures = temperature.split(count)
+        drawn = [_draw(*part, one) for part, one in zip(parts, temperatures, strict=True)]
+    else:
+        drawn = [_draw(*part, temperature) for part in parts]
+    return torch.cat(drawn)
+
+
+def _draw(logits: Tensor, u: Tensor, temperature: float | Tensor) -> Tensor:
+    """Draw at a temperature that is a number or broadcasts against ``u``."""
     if logits.shape[-1] == 2:
         return (u >= torch.sigmoid(_difference_of_two(logits) / temperature)).long()
     if isinstance(temperature, Tensor):
@@ -134,6 +160,11 @@ def entropy(logits: Float[Tensor, "*shape k"]) -> Float[Tensor, "*shape"]:
         >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -math.inf]]))
         tensor([1., 0.])
     """
+    parts = [_entropy(part) for part in logits.split(_rows_at_a_time(logits))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _entropy(logits: Tensor) -> Tensor:
     num_values = logits.shape[-1]
     if num_values == 2:
         # H = log(1 + e^-d) + d p of the less likely one, whose probability is p = 1 / (1 + e^d).

@@ -227,3 +227,18 @@ def test_every_sample_can_have_its_temperature(k: int) -> None:
     for row, temperature in enumerate(temperatures.tolist()):
         alone = draw(logits[row : row + 1], u[row : row + 1], temperature=temperature)
         assert torch.equal(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("k", [2, 9])
+@pytest.mark.parametrize("temperature", [0.7, None])
+def test_large_inputs_are_computed_in_parts_that_change_nothing(
+    k: int, temperature: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, u = torch.randn(7, 30, k, generator=rng), torch.rand(7, 30, generator=rng)
+    given = torch.linspace(0.3, 2, 7) if temperature is None else temperature
+    whole, uncertain = draw(logits, u, temperature=given), entropy(logits)
+    monkeypatch.setattr("grn_lightning.functional.categorical._CACHED_LOGITS", 30 * k * 2)
+    assert torch.equal(draw(logits, u, temperature=given), whole)
+    assert torch.equal(entropy(logits), uncertain)
+    assert draw(logits[0, 0], u[0, 0]) == draw(logits[:1, :1], u[:1, :1])
