@@ -122,6 +122,7 @@ def test_training_on_codes_is_training_on_pixels(
     assert len(losses["codes"][0]) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")  # told again where warnings are awaited
 def test_a_memory_of_what_is_cached_already_is_pointed_out(
     digits: Path, tokenizer_run: Path, codes: Path, tmp_path: Path
 ) -> None:
