@@ -484,3 +484,11 @@ def test_of_several_batches_the_worst_finding_of_each_check_is_told():
     assert [finding.status for finding in merged.findings] == [Status.WRONG, Status.NOTE]
     assert merged.seconds == 3
     assert str(merged).endswith("2 checks in 3.0 s: 1 wrong")
+
+
+def test_the_page_explains_every_check_and_shows_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "check.md").read_text()
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    assert rows == ["check", "loading", *CHECKS]
+    shown = page[page.index("\nloading ") :].splitlines()[1:12]
+    assert [line[:12].strip() for line in shown] == ["loading", "data", *CHECKS]
