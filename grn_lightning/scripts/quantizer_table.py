@@ -171,6 +171,20 @@ def _rounds_line(axes: "Axes", rows: Sequence[Row], hues: dict[str, str]) -> Non
         axes.plot(x, y, "-", color=hues[row.arm], linewidth=1, alpha=0.7, label=label)
 
 
+def _bits_axis(axes: "Axes", rows: Sequence[Row]) -> None:
+    """Number the budgets, and their halves and doubles, which are other rounds of HBQ."""
+    budgets = {row.results[0].bits_per_pixel for row in rows if row.results[0].code_channels}
+    known = sorted(bits for bits in budgets if bits is not None)
+    axes.set(xscale="log", xlabel="bits per pixel (arms of one budget stand side by side)")
+    if not known:
+        return
+    largest = max(known)  # nearly equal budgets, as of FSQ, share a tick
+    ticks = [largest * 2.0**power for power in range(-4, 2)]
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(min(known) / 5, largest * 2.3)
+
+
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Draw PSNR and the Frechet distance (or SSIM) over bits per pixel, and the time of an update.
 
@@ -189,7 +203,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     _scatter(second, rows, hues, lambda r: r.fid if has_fid else r.ssim)
     second.set(ylabel="rFID, lower is better" if has_fid else "SSIM, higher is better")
     for axes in (quality, second):
-        axes.set(xscale="log", xlabel="bits per pixel (arms of one budget stand side by side)")
+        _bits_axis(axes, rows)
     for place, row in enumerate(reversed(rows)):
         times = [result.step_milliseconds for result in row.results]
         pace.barh(place, statistics.fmean(times), color=hues[row.arm], alpha=0.5)

@@ -1,18 +1,24 @@
 """`grn bench quantizers`: what is kept, what is compared, what is refused, what the table says."""
 
+import inspect
 import json
 import re
+import shlex
 import statistics
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
 from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.metrics import CodeAlarms
+from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.scripts import bench_quantizers as module
 from grn_lightning.scripts.bench_quantizers import QuantizerBench
-from grn_lightning.scripts.quantizer_records import ArmResult, QuantizerBenchConfig
+from grn_lightning.scripts.quantizer_records import Arm, ArmResult, QuantizerBenchConfig
 from grn_lightning.scripts.quantizer_table import Row, alarms, markdown, rows_of
 from tests.tiny_runs import TINY_TOKENIZER, call_grn
 
@@ -196,3 +202,41 @@ def test_alarms_name_arm_and_seed() -> None:
 def test_impossible_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="`max_steps` must be at least 1, got 0"):
         QuantizerBenchConfig(max_steps=0)
+
+
+# ------------------------------------------------------------------ the page
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "quantizers.md"
+BLOCKS = re.findall(
+    r"^```(\w*)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+
+
+def test_commands_of_the_page_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a training of minutes, so that here only its options are read."""
+    calls = []
+
+    @wraps(module.bench_quantizers)
+    def stand_in(*args: Any, **options: Any) -> str:
+        bound = inspect.signature(module.bench_quantizers).bind(*args, **options)
+        calls.append(bound.arguments["output"])
+        return "done"
+
+    monkeypatch.setattr(module, "bench_quantizers", stand_in)
+    lines = [line for kind, text in BLOCKS if not kind for line in text.splitlines()]
+    commands = [line for line in lines if line.startswith("grn ")]
+    for command in commands:
+        call_grn(*shlex.split(command)[1:])
+    assert len(calls) == len(commands) >= 4
+
+
+def test_configurations_of_the_page_are_accepted(tmp_path: Path) -> None:
+    files = [yaml.safe_load(text) for kind, text in BLOCKS if kind == "yaml"]
+    switch, watch, shards = files
+    TokenizerConfig(**switch["model"]["init_args"]["tokenizer"])
+    (callback,) = watch["trainer"]["callbacks"]
+    CodeAlarms(**callback["init_args"]["alarms"])
+    config = {key: shards[key] for key in ("settings", "max_steps", "image_size")}
+    bench = QuantizerBenchConfig(tokenizer=TokenizerConfig(**shards["tokenizer"]), **config)
+    for name in shards["arms"]:
+        bench.tokenizer_of(Arm(name, 4, 0))
