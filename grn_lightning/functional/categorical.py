@@ -3,12 +3,15 @@
 Everything is computed in float32, whatever the precision of the logits. A logit of -inf means
 "never", one of +inf "certainly" (several share the chance); a row without any finite or positive
 infinite logit has no distribution, and its results are NaN or arbitrary.
+
+Results do not depend on the place of a row in the batch. On a CPU that takes care: `sigmoid`,
+`softplus` and `silu` round the last few elements of a tensor in another way than the others, `exp`
+and `log1p` do not.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
@@ -114,7 +117,8 @@ def draw(
 def _draw(logits: Tensor, u: Tensor, temperature: float | Tensor) -> Tensor:
     """Draw at a temperature that is a number or broadcasts against ``u``."""
     if logits.shape[-1] == 2:
-        return (u >= torch.sigmoid(_difference_of_two(logits) / temperature)).long()
+        odds = (-_difference_of_two(logits) / temperature).exp_()  # of the second value
+        return (u >= 1 / (1 + odds)).long()
     if isinstance(temperature, Tensor):
         temperature = temperature.unsqueeze(-1)
     cumulative = (_from_the_top(logits) / temperature).exp_().cumsum(-1)
@@ -169,7 +173,8 @@ def _entropy(logits: Tensor) -> Tensor:
     if num_values == 2:
         # H = log(1 + e^-d) + d p of the less likely one, whose probability is p = 1 / (1 + e^d).
         d = _difference_of_two(logits).abs().clamp(max=_LARGE_ODDS)
-        nats = F.softplus(-d) + d * torch.sigmoid(-d)
+        odds = (-d).exp()
+        nats = odds.log1p() + d * (odds / (1 + odds))
     else:
         top = _from_the_top(logits)
         weights = top.exp()

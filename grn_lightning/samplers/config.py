@@ -87,7 +87,8 @@ class RefineConfig:
     rows_per_call: int | None = None
     """Rows of every call of the generator, the last one of a step filled up. Without it the rows
     are as many as there are, and a kernel that rounds differently for another number of rows
-    can change a sample. With it samples are the same, bit for bit, in any batch."""
+    can change a sample. With it samples are the same, bit for bit, in any batch, if the kernels
+    treat the rows of a call alike; multiples of 16 let them on a CPU, and 1 leaves no choice."""
 
     def __post_init__(self) -> None:
         issues = [text for is_wrong, text in self._rules() if is_wrong]
