@@ -9,7 +9,7 @@ import torch
 from grn_lightning.lit.generator import LitGenerator, load_generator
 from grn_lightning.models.umt5 import UMT5TextEncoder
 from grn_lightning.samplers import RefineConfig
-from tests.tiny_runs import callback, checkpoints, fit, generator_config
+from tests.tiny_runs import call_grn, callback, checkpoints, fit, generator_config
 from tests.umt5_files import WIDTH, random_weights, write_umt5
 
 pytest.importorskip("transformers", reason="needs the extra 'umt5'")
@@ -77,5 +77,28 @@ def test_a_run_refuses_other_weights_under_the_same_name(run):
     try:
         with pytest.raises(ValueError, match="text features were made by the UMT5 encoder"):
             load_generator(folder)
+    finally:
+        path.write_bytes(original)
+
+
+def test_an_export_refers_to_the_encoder_and_draws_the_same(run, tokenizer_run, tmp_path):
+    folder, files = run
+    call_grn("export", tokenizer_run, "--out", tmp_path / "tokenizer")
+    call_grn("export", folder, "--out", tmp_path / "generator")
+    assert (tmp_path / "generator.safetensors").stat().st_size < 2**20
+    config = RefineConfig(num_steps=2, guidance_scale=2.0)
+    drawn = [
+        module.draw_clips(
+            {"captions": [""]}, torch.arange(1), size=(5, 16, 16), config=config, seed=0
+        )
+        for module in (load_generator(folder), load_generator(tmp_path / "generator.safetensors"))
+    ]
+    torch.testing.assert_close(*drawn)
+    path = files / "encoder.pth"
+    original = path.read_bytes()
+    torch.save({name: -x for name, x in random_weights().items()}, path)
+    try:
+        with pytest.raises(ValueError, match=r"text encoder|text features were made by"):
+            load_generator(tmp_path / "generator.safetensors")
     finally:
         path.write_bytes(original)
