@@ -18,7 +18,7 @@ from grn_lightning.pipelines.resolutions import FPS
 from grn_lightning.samplers import RefineConfig, Trace, observers
 from grn_lightning.scripts.drawing import DrawnPart, conditions_for, draw_parts, step_bar
 from grn_lightning.scripts.frames import write_sample
-from grn_lightning.scripts.opening import AUTO, open_drawer
+from grn_lightning.scripts.opening import AUTO, Opened, open_drawer
 from grn_lightning.scripts.pictures import new_folder, slug, write_sheet
 from grn_lightning.scripts.records import command_line, environment, now
 from grn_lightning.scripts.requests import SizeRequest, as_asked, read_picture, style_and_task
@@ -87,9 +87,36 @@ def _folder(out: Path | None) -> Path:
     return out
 
 
+def _repeated(conditions: Mapping[str, list[Any]], times: int) -> dict[str, list[Any]]:
+    """Ask for everything so many times, one after the other."""
+    return {
+        field: [value for value in values for _ in range(times)]
+        for field, values in conditions.items()
+    }
+
+
 def _labels(wanted: dict[str, list[Any]]) -> list[str]:
     classes = [f"class {label}" for label in wanted.get("class_labels", [])]
     return classes or wanted["captions"]
+
+
+def _job(
+    command: str, opened: Opened, first: Recipe, asked: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """Return what all samples have in common, for their list."""
+    return {
+        "command": command,
+        **opened.facts(),
+        "date": now(),
+        "environment": environment(opened.pipeline.device),
+        "refine": asdict(first.refine),
+        "prompts": list(dict.fromkeys(asked.get("captions", []))),
+        "negative_prompt": first.negative_prompt,
+        "precision": first.precision,
+        "seed": first.seed,
+        "size": list(first.size),
+        "fps": first.fps,
+    }
 
 
 def _recipes(first: Recipe, asked: Mapping[str, Sequence[Any]]) -> list[Recipe]:
@@ -244,27 +271,11 @@ def sample(
     style, task = style_and_task(pipeline, size, has_first_frame=picture is not None)
     refine = opened.sampling(sampling, refine, task)
     negative = style.negative if negative_prompt is None else negative_prompt
-    wanted = {
-        field: [value for value in values for _ in range(num_samples)]
-        for field, values in conditions.items()
-    }
+    wanted = _repeated(conditions, num_samples)
     labels = _labels(wanted)
     asked = as_asked(wanted, pipeline, style=style, picture=picture, size=size)
     pipeline.autocast = torch.bfloat16 if precision == "bf16" else None
 
-    job = {
-        "command": command_line(sample, given),
-        **opened.facts(),
-        "date": now(),
-        "environment": environment(pipeline.device),
-        "refine": asdict(refine),
-        "prompts": list(dict.fromkeys(asked.get("captions", []))),
-        "negative_prompt": negative,
-        "precision": precision,
-        "seed": seed,
-        "size": list(size),
-        "fps": fps,
-    }
     first = Recipe(
         **opened.recipe(tokenizer),
         condition={},
@@ -280,6 +291,7 @@ def sample(
         files={} if first_frame is None else {"first_frame": file_hash(first_frame)},
         device=pipeline.device.type,
     )
+    job = _job(command_line(sample, given), opened, first, asked)
     writer = _Writer(_folder(out), labels, first_index, _recipes(first, asked), job)
     steps = Trace(range(first_index, first_index + trace))
     with step_bar(len(labels), refine, "sample") as bar:
