@@ -1,12 +1,14 @@
 """Finding checkpoints of runs and loading what they trained, with averaged weights."""
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from grn_lightning.models.convert import load_official
 from grn_lightning.models.hashes import weights_hash as weights_hash
 from grn_lightning.models.pretrained import clean_names, is_export, read_pretrained
 from grn_lightning.models.pretrained import select as select
@@ -111,3 +113,27 @@ def trained_state(
     checkpoint = read_checkpoint(path)
     is_averaged = weights == "averaged"
     return clean_names(averaged_state(checkpoint) if is_averaged else checkpoint["state_dict"])
+
+
+def start_from(path: str | Path, modules: Mapping[str, nn.Module]) -> None:
+    """Load what another run has trained, with averaged weights, strictly.
+
+    Args:
+        path: A checkpoint, a run folder, or an export.
+        modules: By their name there. A text encoder may be missing: an export leaves out what was
+            not trained.
+
+    Raises:
+        ValueError: If nothing lies there, or it is of another kind or of other sizes.
+    """
+    state = trained_state(path)
+    for name, module in modules.items():
+        tensors = select(state, name)
+        if not tensors and name != "text_encoder":
+            there = ", ".join(sorted({key.split(".")[0] for key in state}))
+            raise ValueError(f"`init_from`: '{path}' has no {name}; what it has is {there}.")
+        if tensors:
+            try:
+                load_official(module, tensors)
+            except ValueError as error:
+                raise ValueError(f"`init_from`: '{path}': {error}") from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grn_lightning.datasets.samples import Batch
 from grn_lightning.functional import (
@@ -30,7 +30,7 @@ from grn_lightning.lit.checkpoints import (
     averaged_state,
     read_checkpoint,
     select,
-    trained_state,
+    start_from,
 )
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
@@ -168,7 +168,10 @@ class LitGenerator(CodeStage):
         else:
             self.generator = GRNClass(self.generator_config)
         if self.init_from is not None:
-            self._load_weights(trained_state(self.init_from))
+            parts: dict[str, nn.Module] = {"generator": self.generator}
+            if self.is_text:
+                parts["text_encoder"] = self.text_encoder
+            start_from(self.init_from, parts)
 
     def adopt(self, generator: GRNText | GRNClass, text_encoder: TextEncoder | None) -> None:
         """Take over networks that exist, in place of `configure_model`, and load the tokenizer.
@@ -187,9 +190,8 @@ class LitGenerator(CodeStage):
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         self.generator.load_state_dict(select(state, "generator"))
-        text = select(state, "text_encoder")
-        if self.is_text and text:  # an export leaves out encoders that were not trained
-            self.text_encoder.load_state_dict(text)
+        if self.is_text:
+            self.text_encoder.load_state_dict(select(state, "text_encoder"))
 
     # --- codes and conditions ---------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from grn_lightning.lit.checkpoints import (
     averaged_state,
     read_checkpoint,
     select,
-    trained_state,
+    start_from,
 )
 from grn_lightning.lit.optim import OptimConfig, SampleSchedule
 from grn_lightning.lit.stepping import (
@@ -164,8 +164,7 @@ class LitTokenizer(StageModule):
             return
         self.tokenizer = build_tokenizer(self.tokenizer_config)
         if self.init_from is not None:
-            state = trained_state(self.init_from)
-            self.tokenizer.load_state_dict(select(state, "tokenizer"))
+            start_from(self.init_from, {"tokenizer": self.tokenizer})
         if self.adversarial is not None:
             self.adversary = Adversary(self.adversarial)
             if self.adversarial.init_from is not None:

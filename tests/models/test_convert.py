@@ -108,6 +108,15 @@ def test_names_that_compilers_and_strategies_wrapped_are_cleaned(tmp_path):
     assert tensors_equal(read_official(tmp_path / "x.pth").tensors, state)
 
 
+def test_tensors_of_a_gpu_are_read_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+    torch.save({"w": torch.arange(5.0)}, tmp_path / "x.pth")
+    assert b"cuda:3" in (tmp_path / "x.pth").read_bytes()
+    tensors = read_official(tmp_path / "x.pth").tensors
+    assert tensors["w"].tolist() == [0, 1, 2, 3, 4]
+    assert tensors["w"].device.type == "cpu"
+
+
 def test_a_file_older_than_zip_is_read(tmp_path):
     state = random_state(FAMILY_OF_LAYOUT["ema"])
     torch.save(wrap(state, "ema"), tmp_path / "x.ckpt", _use_new_zipfile_serialization=False)

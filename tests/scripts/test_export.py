@@ -1,5 +1,6 @@
 """`grn export`: what a run has learned, and that every door which takes a run takes the export."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -174,6 +175,24 @@ def test_training_starts_from_an_export(name, trained, exports):
     )
     tokenizer.configure_model()
     assert weights_hash(tokenizer.tokenizer) == weights_hash(load_tokenizer(exports.tokenizer))
+
+
+def test_training_does_not_start_from_another_kind_or_size(trained, exports):
+    settings = dict(load_generator(trained.classes).hparams)
+    for wrong, match in (
+        (exports.tokenizer, "`init_from`: .*tok' has no generator; what it has is tokenizer"),
+        (trained.tokenizer, "has no generator; what it has is .*tokenizer"),
+        (exports.text, "`init_from`: .*text': the checkpoint does not fit GRNClass: .* differ"),
+    ):
+        module = LitGenerator(**settings | {"init_from": str(wrong)})
+        with pytest.raises(ValueError, match=match):
+            module.configure_model()
+    config = dataclasses.replace(load_tokenizer(exports.tokenizer).config, latent_channels=3)
+    module = LitTokenizer(config, init_from=str(exports.tokenizer))
+    with pytest.raises(
+        ValueError, match=r"other shape  conv1.weight .* in the file, .* in"
+    ):
+        module.configure_model()
 
 
 def test_an_export_knows_what_size_it_draws(trained, exports):
