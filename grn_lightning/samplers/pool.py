@@ -100,6 +100,24 @@ class _Ticket:
         return self.plan[min(self.position, len(self.plan) - 1)]
 
 
+@dataclass(frozen=True)
+class Parked:
+    """A sample that waits on its way, without its condition."""
+
+    ticket: _Ticket
+    rows: _Rows
+
+    @property
+    def number(self) -> int:
+        """What its asker calls it."""
+        return self.ticket.number
+
+    @property
+    def num_remaining(self) -> int:
+        """Steps that it still needs."""
+        return len(self.ticket.plan) - self.ticket.position
+
+
 class RefinePool:
     """Some samples on their way from noise to data.
 
@@ -157,6 +175,35 @@ class RefinePool:
             where = torch.cat([where, where + len(self._tickets)])
         put_rows(self._condition, where, self._conditions(requests))
         self._guided_condition = None
+
+    def park(self, most_remaining: int, limit: int) -> list[Parked]:
+        """Take out samples that have just been told their number of steps, and need few.
+
+        Args:
+            most_remaining: Those that need more stay.
+            limit: Most samples to take out; the rest stays as well.
+        """
+        adaptive, parked = self.config.adaptive, list[Parked]()
+        if adaptive is None:
+            return parked
+        for row, ticket in enumerate(self._tickets):
+            is_told = not ticket.is_done and ticket.step.number == adaptive.decision_step + 1
+            if is_told and len(ticket.plan) - ticket.position <= most_remaining:
+                if len(parked) == limit:
+                    break
+                rows = _Rows(*select_rows(self._rows, self._indices([row])))
+                parked.append(Parked(ticket, rows))
+                self._tickets[row] = _Ticket(-1, [])
+        return parked
+
+    def unpark(self, parked: list[Parked], requests: Requests) -> None:
+        """Put waiting samples into the places of some that are done; `requests` are theirs."""
+        free = [row for row, ticket in enumerate(self._tickets) if ticket.is_done]
+        self.refill(requests)
+        for row, waiting in zip(free, parked, strict=False):
+            self._tickets[row] = waiting.ticket
+            where = self._indices([row])
+            self._rows = _Rows(*replace_rows(self._rows, where, waiting.rows))
 
     def compact(self) -> None:
         """Let the samples that are done leave."""

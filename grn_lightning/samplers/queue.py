@@ -2,7 +2,9 @@
 
 Where samples need different numbers of steps, a batch that waits for its slowest one shrinks
 until it is done. A queue keeps it full: the generator is always asked about `max_batch` samples,
-until there are no more to come.
+until there are no more to come. In the end only the longest would be left, one by one, so samples
+that turn out to need few steps wait, without their place in the batch, until there is no other
+work.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +16,10 @@ from grn_lightning.samplers.batches import rows_of
 from grn_lightning.samplers.conditions import Condition
 from grn_lightning.samplers.config import RefineConfig
 from grn_lightning.samplers.constraints import Constraint
-from grn_lightning.samplers.pool import Finished, RefineJob, RefinePool, Requests
+from grn_lightning.samplers.pool import Finished, Parked, RefineJob, RefinePool, Requests
 from grn_lightning.samplers.results import Generator, StepInfo
+
+_MAX_PARKED = 4  # waiting samples per place; each holds its maps, not its condition
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,32 @@ def _work(
     """Yield samples as they are done."""
     stop = min(max_batch, num_samples)
     pool = RefinePool(job, requests(range(stop)), is_refilled=stop < num_samples)
+    parked: list[Parked] = []
     while pool.num_active:
         finished = pool.step()
-        if finished is None:
-            continue
-        yield from _samples(finished)
-        if not job.config.compact and pool.num_active:
-            continue
+        if finished is not None:
+            yield from _samples(finished)
+        if not job.config.compact:
+            if pool.num_active:
+                continue
+        elif stop < num_samples:
+            room = min(_MAX_PARKED * max_batch - len(parked), num_samples - stop)
+            parked += pool.park(_short(job.config), max(0, room))
         start, stop = stop, min(stop + pool.num_free, num_samples)
         if stop > start:
             pool.refill(requests(range(start, stop)))
+        if pool.num_free and parked:
+            parked.sort(key=lambda waiting: waiting.num_remaining)
+            for waiting in [parked.pop() for _ in range(min(len(parked), pool.num_free))]:
+                pool.unpark([waiting], requests(range(waiting.number, waiting.number + 1)))
         pool.compact()
+
+
+def _short(config: RefineConfig) -> int:
+    """Return how many remaining steps are few: the middle between the fewest and the most."""
+    if config.adaptive is None:
+        return 0
+    return (config.adaptive.min_steps + config.num_steps) // 2 - config.adaptive.decision_step
 
 
 def refine_queue(
@@ -99,7 +118,7 @@ def refine_queue(
         generator: As in `refine`.
         shape: As in `refine`.
         condition: `n` rows, or a callable that makes the rows of a slice when their turn comes; all
-            of one size.
+            of one size. It is asked again about a sample that had to wait.
         null_condition: `n` rows, or one that serves all.
         sample_index: `(n,)` long.
         seed: As in `refine`.

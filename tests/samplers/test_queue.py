@@ -78,6 +78,28 @@ def test_the_batch_stays_full_while_there_is_work() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_short_samples_wait_so_that_the_end_is_not_left_to_long_ones() -> None:
+    sizes: list[int] = []
+    labels, places = LABELS.repeat(6), 4
+    options = settings(**GUIDED) | {"sample_index": torch.arange(len(labels))}
+    samples = refine_queue(
+        generator,
+        SHAPE,
+        condition=labels,
+        max_batch=places,
+        observer=lambda info: sizes.append(len(info.sample_index)),
+        in_order=False,
+        **options,
+    )
+    whole = refine(generator, SHAPE, condition=labels, **options)
+    for sample in samples:
+        assert torch.equal(sample.codes, whole.codes[sample.row])
+        assert torch.equal(sample.entropy, whole.entropy_curve(sample.row))
+    assert len(set(whole.num_steps.tolist())) >= 4
+    assert sum(sizes) == whole.num_steps.sum()
+    assert sum(sizes) >= 0.95 * places * len(sizes)
+
+
 def test_who_is_done_first_comes_first() -> None:
     samples = refine_queue(
         generator, SHAPE, condition=LABELS, max_batch=100, in_order=False, **settings()
