@@ -22,13 +22,12 @@ COLOURS = {"filled": "#3aa76d", "kept": "#3b6fb6", "erased": "#d1495b", "blank":
 """What a step did to an element, in the order of the masks."""
 
 _PAPER, _INK = "white", "#202020"
-_CELL = 160  # pixels of the longer side of a frame, at least
+_CELL = 96  # pixels of the longer side of a frame, at least
 _GAP, _LINE, _FONT_SIZE = 10, 18, 13
 _MAX_FRAMES = 5  # of a clip, side by side
 _MIN_ELEMENT = 2  # pixels of an element's place, at least
 _STEPS_PER_SECOND = 4.0
 _HOLD = 6  # so many times the last step is shown
-_CHARACTER = 7  # pixels of a letter, about
 
 
 def _palette() -> Tensor:
@@ -93,7 +92,7 @@ class _Painter:
         shown = [_enlarged(clip[n * self.stride], self.factor) for n in self.columns]
         maps = [self._map(step, n) for n in self.columns]
         height, width = shown[0].shape[-2:]
-        total = max(_GAP + (width + _GAP) * len(shown), 46 * _CHARACTER)
+        total = max(_GAP + (width + _GAP) * len(shown), self._least_width())
         page = Image.new("RGB", (total, 4 * _GAP + 2 * height + 3 * _LINE), _PAPER)
         pen = ImageDraw.Draw(page)
         for n, pair in enumerate(zip(shown, maps, strict=True)):
@@ -123,7 +122,16 @@ class _Painter:
             pen.rectangle((left, top + 3, left + 10, top + 13), fill=COLOURS[name])
             text = f"{name} {100 * float(share[step]):.0f} %"
             pen.text((left + 15, top), text, _INK, self.font)
-            left += 15 + round(self.font.getlength(f"{name} 100 %")) + _GAP
+            left += self._legend_width(name)
+
+    def _legend_width(self, name: str) -> int:
+        return 15 + round(self.font.getlength(f"{name} 100 %")) + _GAP
+
+    def _least_width(self) -> int:
+        title = round(
+            self.font.getlength("step 50 of 50   t = 0.00   entropy 0.00   changed 100 %")
+        )
+        return _GAP + max(sum(map(self._legend_width, COLOURS)), title + _GAP)
 
 
 def write_animation(
