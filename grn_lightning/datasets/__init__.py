@@ -4,7 +4,10 @@
 manifest       shards and the list of all of a split: write, count, read
 build          a folder of files -> shards
 digits         the embedded data set
+tars           what lies where in a shard, by its headers or its stored index
 shards         random access to the bytes of a sample
+codes          packed codes and text features, with what they mean
+encoding       shards of pixels -> shards of codes
 order          which sample comes when: a function of (seed, samples seen)
 samples        bytes -> tensors -> batches; what happens to bad samples
 =============  =====================================================================
