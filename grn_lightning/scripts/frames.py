@@ -12,7 +12,9 @@ from grn_lightning.media.video import encode_gif, write_mp4
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.scripts.pictures import shrink
 
-_SHORT_SIDE = 256  # pixels of what is shown beside the real thing; smaller clips stay as they are
+# Pixels of what is shown beside the real thing; smaller ones stay as they are. A GIF of more would
+# need more memory than decoding does.
+_PICTURE_SIDE, _CLIP_SIDE = 256, 128
 _MAX_GIF_FPS = 50  # more than viewers play
 
 
@@ -22,7 +24,7 @@ class Written(NamedTuple):
     files: list[Path]
     """The best one first."""
     preview: Tensor
-    """uint8 `(f, 3, h, w)`, its shorter side at most 256 pixels."""
+    """uint8 `(f, 3, h, w)`, its shorter side at most 256 pixels, of a clip 128."""
 
 
 def write_sample(
@@ -44,17 +46,19 @@ def write_sample(
         fps: Frames per second of clips.
         note: Text that travels in the files.
     """
+    is_picture = elements.ndim == 4 or elements.shape[2] == 1
+    side = _PICTURE_SIDE if is_picture else _CLIP_SIDE
     small: list[Tensor] = []
 
     def frames() -> Iterator[Tensor]:
         for chunk in pipeline.decode_chunks(elements):
             pixels = to_uint8(chunk[0].transpose(0, 1)).cpu()  # (f, 3, h, w)
-            small.append(shrink(pixels, short_side=_SHORT_SIDE))
+            small.append(shrink(pixels, short_side=side))
             yield pixels
 
     # Not `with_suffix`: a prompt may end in something that looks like one.
     png, mp4, gif = (stem.with_name(stem.name + suffix) for suffix in (".png", ".mp4", ".gif"))
-    if len(elements.shape) == 4 or elements.shape[2] == 1:
+    if is_picture:
         [pixels] = frames()
         _write_new(png, encode_png(pixels[0], note=note))
         return Written([png], small[0])
