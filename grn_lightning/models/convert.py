@@ -24,10 +24,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grn_lightning.models.pretrained import Pretrained, assign, clean_names, write_pretrained
+from grn_lightning.models.pretrained import (
+    Pretrained,
+    assign,
+    clean_names,
+    save_tensors,
+    write_pretrained,
+)
 from grn_lightning.models.sizes import (
     FAMILIES,
     NETWORKS,
@@ -384,7 +389,7 @@ def write_official(
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     if is_safetensors:
-        save_file(tensors, part, metadata={"format": "pt"})
+        save_tensors(tensors, part)
     else:
         torch.save(_wrap(tensors, layout), part)
     os.replace(part, out)

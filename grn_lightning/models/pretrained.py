@@ -121,6 +121,17 @@ def is_export(path: str | Path) -> bool:
     return all(file.is_file() for file in export_files(path))
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write tensors as safetensors, readable by whom the user's settings say.
+
+    The library would make a file that only its owner can read.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def write_pretrained(path: str | Path, modules: Mapping[str, nn.Module], info: Any) -> Path:
     """Write an export.
 
@@ -159,7 +170,7 @@ def write_pretrained(path: str | Path, modules: Mapping[str, nn.Module], info: A
         stated["tokenizer_hash"] = stated["weights_hash"]["tokenizer"]
     text = json.dumps(stated, indent=1, default=_plain) + "\n"
     for file, write in (
-        (files.tensors, lambda part: save_file(tensors, part, metadata={"format": "pt"})),
+        (files.tensors, lambda part: save_tensors(tensors, part)),
         (files.info, lambda part: part.write_text(text, encoding="utf-8")),
     ):  # both appear under their names only when they are complete, the JSON last
         part = file.with_name(f".{file.name}.part")

@@ -104,7 +104,7 @@ def open_drawer(
         loaded = load_export(checkpoint, network)
         if not isinstance(loaded, GeneratorPipeline):
             raise ValueError(f"'{checkpoint}' is a tokenizer, which draws nothing.")
-        return Opened(loaded, checkpoint, None)
+        return Opened(loaded, checkpoint, open_run(checkpoint))
     run = open_run(checkpoint)
     place = None if tokenizer is None else str(tokenizer)
     pipeline = load_generator(run.checkpoint, tokenizer=place).pipeline

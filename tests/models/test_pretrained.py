@@ -67,6 +67,12 @@ def test_what_is_written_is_read_back(name, tmp_path):
     assert pretrained.tokenizer_hash == own
 
 
+def test_both_files_may_be_read_by_the_same_people(tmp_path):
+    write(tmp_path / "x", "class")
+    modes = [(tmp_path / f"x.{kind}").stat().st_mode for kind in ("json", "safetensors")]
+    assert modes[0] == modes[1]
+
+
 def test_tensors_are_mapped_and_not_copied(tmp_path):
     write(tmp_path / "x", "text")
     pretrained = read_pretrained(tmp_path / "x")

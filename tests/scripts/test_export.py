@@ -189,9 +189,7 @@ def test_training_does_not_start_from_another_kind_or_size(trained, exports):
             module.configure_model()
     config = dataclasses.replace(load_tokenizer(exports.tokenizer).config, latent_channels=3)
     module = LitTokenizer(config, init_from=str(exports.tokenizer))
-    with pytest.raises(
-        ValueError, match=r"other shape  conv1.weight .* in the file, .* in"
-    ):
+    with pytest.raises(ValueError, match=r"other shape  conv1.weight .* in the file, .* in"):
         module.configure_model()
 
 
@@ -216,6 +214,10 @@ def test_commands_take_exports(exports, digits, tmp_path):
         "sample", folder / "classes", "--class_labels", 3, "--out", tmp_path / "s", *args
     )
     assert len(report.files) == 1
+    moving = ["--prompts", "the digit one moves up", "--out", tmp_path / "t", *args]
+    assert json.loads(
+        (call_grn("sample", folder / "text", *moving).folder / "samples.json").read_text()
+    )["size"] == [5, 16, 16]  # as in training
     evaluation = call_grn("evaluate", folder / "tok", digits / "images", "--num_samples", 2)
     assert evaluation.file == folder / "tok" / "evaluation.json"
 
