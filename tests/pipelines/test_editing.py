@@ -308,3 +308,15 @@ def test_an_edit_does_not_depend_on_its_batch(film: GeneratorPipeline) -> None:
     both, alone = run(INDEX), run(INDEX[1:])
     assert alone.elements.equal(both.elements[1:])
     assert alone.clips.equal(both.clips[1:])
+
+
+def test_a_seam_fades_from_the_old_frames_to_the_new(film: GeneratorPipeline) -> None:
+    clips = clips_for(film)
+    result = extend(
+        film, clips, num_frames=7, window=5, overlap=3, condition=condition(film), job=job()
+    )
+    window = film.detokenize(result.elements)
+    for n, weight in enumerate((0.25, 0.5, 0.75)):
+        expected = (1 - weight) * clips[:, :, 2 + n] + weight * window[:, :, n]
+        torch.testing.assert_close(result.clips[:, :, 2 + n], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.clips[:, :, 5:], window[:, :, 3:], rtol=0, atol=1e-5)
