@@ -215,9 +215,9 @@ def test_commands_take_exports(exports, digits, tmp_path):
     )
     assert len(report.files) == 1
     moving = ["--prompts", "the digit one moves up", "--out", tmp_path / "t", *args]
-    assert json.loads(
-        (call_grn("sample", folder / "text", *moving).folder / "samples.json").read_text()
-    )["size"] == [5, 16, 16]  # as in training
+    drawn = call_grn("sample", folder / "text", *moving)
+    job = json.loads((drawn.folder / "samples.json").read_text())
+    assert job["size"] == [5, 16, 16]  # as in training
     evaluation = call_grn("evaluate", folder / "tok", digits / "images", "--num_samples", 2)
     assert evaluation.file == folder / "tok" / "evaluation.json"
 
