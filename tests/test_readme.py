@@ -23,6 +23,7 @@ DOCUMENTS = [
     ROOT / "data" / "README.md",
     ROOT / "experiments" / "README.md",
     ROOT / "notebooks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
 ]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
@@ -35,14 +36,23 @@ def _name(path: Path) -> str:
 
 
 def _commands(program: str) -> list[str]:
-    """Lines of blocks, and spans of sentences, that call a program; the templates left out."""
+    """Lines of blocks, and spans of sentences, that call a program; the templates left out.
+
+    The pages of docs/ have tests of their own, which run what they show.
+    """
     found = []
     for document in DOCUMENTS:
+        if document.parent.name == "docs":
+            continue
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
-        spans = [" ".join(span.split()) for span in SPAN.findall(BLOCK.sub("", text))]
+        spans = [span for span in _spans(text) if len(span.split()) > 2]  # more than a name
         found += [line for line in lines + spans if line.startswith(program + " ")]
     return [line for line in dict.fromkeys(found) if "COMMAND" not in line and "NAME" not in line]
+
+
+def _spans(text: str) -> list[str]:
+    return [" ".join(span.split()) for span in SPAN.findall(BLOCK.sub("", text))]
 
 
 def _behind_make(command: str) -> list[str]:
@@ -69,7 +79,7 @@ def _all_grn_commands() -> list[str]:
 
 def _is_plain_fit(command: str) -> bool:
     """Whether it only names files, which `test_experiments.py` parses."""
-    return command.startswith("grn fit") and "--" not in command
+    return command.startswith(("grn fit", "grn check -c")) and "--" not in command
 
 
 @pytest.fixture
@@ -107,6 +117,18 @@ def test_every_target_that_is_named_exists() -> None:
     for command in commands:
         named = {word for word in shlex.split(command)[1:] if "=" not in word}
         assert named <= targets, command
+
+
+def test_every_command_that_is_named_exists() -> None:
+    known = {*TOOLS, *TRAINER_COMMANDS, "COMMAND"} | {tool.split()[0] for tool in TOOLS}
+    named = {
+        span.split()[1]
+        for document in DOCUMENTS
+        for span in _spans(document.read_text(encoding="utf-8"))
+        if span.startswith("grn ")
+    }
+    assert len(named) > 10
+    assert named <= known
 
 
 @pytest.mark.parametrize(
