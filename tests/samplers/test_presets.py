@@ -39,5 +39,7 @@ def test_every_preset_walks_to_the_end() -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown sampling preset 't2x'; known are 'plain', 'c2i-b'"):
+    with pytest.raises(
+        ValueError, match="unknown sampling preset 't2x'; known are 'plain', 'c2i-b'"
+    ):
         get_preset("t2x")
