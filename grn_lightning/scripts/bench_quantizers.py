@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.datasets.shards import ShardSet
+from grn_lightning.scripts.bench_parts import RESULT_FILE
 from grn_lightning.scripts.quantizer_arms import run_arm
 from grn_lightning.scripts.quantizer_records import (
-    RESULT_FILE,
     Arm,
     ArmResult,
     QuantizerBenchConfig,

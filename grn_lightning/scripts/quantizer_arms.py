@@ -1,25 +1,18 @@
 """One arm of `grn bench quantizers`: train with a quantizer, judge, keep a record."""
 
-import logging
 import math
-import statistics
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from tqdm import tqdm
 
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.datasets.shards import ShardSet
-from grn_lightning.lit.callbacks import EMA, DigitFeatures
+from grn_lightning.lit.callbacks import DigitFeatures
 from grn_lightning.lit.data import LoaderConfig, ShardData, ShardSource
 from grn_lightning.lit.tokenizer import LitTokenizer
 from grn_lightning.metrics import (
@@ -31,10 +24,10 @@ from grn_lightning.metrics import (
 )
 from grn_lightning.models.pretrained import is_export, write_pretrained
 from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.scripts.bench_parts import RESULT_FILE, BriefTraining
 from grn_lightning.scripts.heldout import media_of, open_held_out
 from grn_lightning.scripts.judging import judge_beside
 from grn_lightning.scripts.quantizer_records import (
-    RESULT_FILE,
     Arm,
     ArmResult,
     QuantizerBenchConfig,
@@ -46,48 +39,6 @@ EXPORT = "tokenizer"
 """Name of an arm's weights in its folder."""
 
 _MAX_ROUNDS = 8  # the curve over decoded rounds goes on beyond those of the training
-_WARM_UP = 5  # steps that are not timed
-
-
-class _Pace(L.Callback):
-    """Moves a progress bar and notes how long updates take."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
-        self.seconds: list[float] = []
-        self._since = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
-    ) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        now = time.perf_counter()
-        self.seconds.append(now - self._since)
-        self._since = now
-        self.bar.update()
-
-    @property
-    def milliseconds(self) -> float:
-        """Median over updates without the first ones."""
-        return 1000 * statistics.median(self.seconds[_WARM_UP:] or self.seconds)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's words about every trainer off the progress bar; warnings remain."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning's own
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def train_arm(
@@ -117,30 +68,19 @@ def train_arm(
     module = LitTokenizer(
         config.tokenizer_of(arm), loss=config.loss, optim=config.optim, seed=arm.seed
     )
-    pace, average = _Pace(bar), EMA(config.ema_decay)
     data_module = ShardData(
         [source],
         image_size=config.image_size,
         seed=arm.seed,
         loader=LoaderConfig(cache_decoded=True),
     )
-    with _quiet():
-        trainer = L.Trainer(
-            accelerator=choose_device(config.device).type,
-            devices=1,
-            max_steps=config.max_steps,
-            max_epochs=-1,
-            limit_val_batches=0,
-            logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-            log_every_n_steps=min(20, config.max_steps),
-            callbacks=[average, pace],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(module, data_module)
-    module.load_state_dict(module.state_dict() | average.shadows)
+    training = BriefTraining(
+        folder=folder,
+        max_steps=config.max_steps,
+        ema_decay=config.ema_decay,
+        device=config.device,
+    )
+    pace = training.fit(module, data_module, bar)
     return module.tokenizer.eval().requires_grad_(False), pace.milliseconds
 
 

@@ -1,6 +1,5 @@
 """What `grn bench quantizers` trains and keeps: shared settings, arms, and a record of each."""
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -9,8 +8,7 @@ from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.tokenizer import ReconstructionLossConfig
 from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.nn.quantizers import QuantizerConfig, QuantizerName
-
-RESULT_FILE = "result.json"
+from grn_lightning.scripts.bench_parts import RESULT_FILE, as_json, read_record
 
 _SMALL = TokenizerConfig(
     latent_channels=12,
@@ -162,13 +160,7 @@ def shared_facts(config: QuantizerBenchConfig, data: Path) -> dict[str, Any]:
         del plain[name]
     for name in ("quantizer", "num_rounds"):
         del plain["tokenizer"][name]
-    plain["tokenizer"] = {k: _listed(v) for k, v in plain["tokenizer"].items()}
-    plain["optim"] = {k: _listed(v) for k, v in plain["optim"].items()}
-    return plain | {"data": str(data)}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value  # as JSON returns it
+    return as_json(plain) | {"data": str(data)}
 
 
 def read_result(folder: Path, arm: Arm) -> ArmResult | None:
@@ -177,12 +169,4 @@ def read_result(folder: Path, arm: Arm) -> ArmResult | None:
     Raises:
         ValueError: If the file is none that this version has written.
     """
-    file = arm.folder(folder) / RESULT_FILE
-    if not file.is_file():
-        return None
-    try:
-        return ArmResult(**json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"'{file}' is no result of this version ({error}); give another output folder."
-        ) from error
+    return read_record(arm.folder(folder) / RESULT_FILE, ArmResult)

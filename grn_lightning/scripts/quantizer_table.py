@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grn_lightning.scripts.bench_parts import Spread, cell
 from grn_lightning.scripts.quantizer_records import ArmResult
 
 if TYPE_CHECKING:
@@ -15,29 +16,6 @@ if TYPE_CHECKING:
 _HUES = ("#3d83f0", "#e8762c", "#19a078", "#b565d8", "#8a8f98", "#cc9a06", "#c0392b", "#2c3e50")
 _CONTINUOUS = "none"
 _SIDE_STEP = 1.035  # ratio on the logarithmic axis between arms of one budget
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation over seeds."""
-
-    values: tuple[float, ...]
-    """One per seed."""
-
-    @property
-    def mean(self) -> float:
-        """Mean."""
-        return statistics.fmean(self.values)
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation; None of a single value."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    def text(self, digits: int) -> str:
-        """Return it as a person reads it."""
-        spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -82,10 +60,6 @@ def _psnr(row: Row) -> list[float]:
     return [result.psnr for result in row.results]
 
 
-def _cell(spread: Spread | None, digits: int) -> str:
-    return "-" if spread is None else spread.text(digits)
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """Return the table; numbers are mean ± standard deviation over seeds."""
     header = (
@@ -113,13 +87,13 @@ def markdown(rows: Sequence[Row]) -> str:
             str(row.num_rounds),
             f"{first.code_channels} x {first.alphabet_size}" if has_codes else "continuous",
             f"{first.bits_per_pixel:.4g}" if first.bits_per_pixel is not None else "-",
-            _cell(row.spread(lambda r: r.psnr), 2),
-            _cell(gap, 2),
-            _cell(row.spread(lambda r: r.ssim), 4),
-            _cell(row.spread(lambda r: r.fid), 2),
-            _cell(row.spread(lambda r: r.usage), 2),
-            _cell(row.spread(lambda r: r.entropy), 2),
-            _cell(row.spread(lambda r: r.step_milliseconds), 0),
+            cell(row.spread(lambda r: r.psnr), 2),
+            cell(gap, 2),
+            cell(row.spread(lambda r: r.ssim), 4),
+            cell(row.spread(lambda r: r.fid), 2),
+            cell(row.spread(lambda r: r.usage), 2),
+            cell(row.spread(lambda r: r.entropy), 2),
+            cell(row.spread(lambda r: r.step_milliseconds), 0),
             ", ".join(str(r.seed) for r in row.results),
         )
         lines.append(f"| {' | '.join(cells)} |")
