@@ -39,7 +39,7 @@ class TokenizerConfig:
         for name in ("width_multipliers", "temporal_downsample"):  # lists, where read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.quantizer, Mapping):  # likewise
-            object.__setattr__(self, "quantizer", QuantizerConfig(**self.quantizer))
+            object.__setattr__(self, "quantizer", QuantizerConfig.from_plain(self.quantizer))
         issues = self._count_issues() or self._shortcut_issues() or self._quantizer_issues()
         if issues:
             raise ValueError("TokenizerConfig: " + "; ".join(issues) + ".")

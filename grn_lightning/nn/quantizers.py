@@ -24,8 +24,9 @@ no library promises: codes that decode to exactly what the decoder was trained o
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,16 @@ class QuantizerConfig:
         issues = [text for text, is_right in rules.items() if not is_right]
         if issues:
             raise ValueError("QuantizerConfig: " + "; ".join(issues) + ".")
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> "QuantizerConfig":
+        """Return the configuration that a checkpoint or export holds as plain data.
+
+        Settings that mean nothing for the kind are passed over: they are the defaults of the
+        version that wrote them, which need not be today's.
+        """
+        name = data.get("name", cls.name)
+        return cls(**{key: data[key] for key in data if name in _USERS.get(key, (name,))})
 
     def sizes(self, *, latent_channels: int, num_rounds: int) -> CodeSizes:
         """Return what this quantizer makes of `num_rounds * latent_channels` bits per position.

@@ -1,6 +1,7 @@
 """Laws that every arm of the quantizer switch keeps, the bits each gets, and refusals."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -267,3 +268,12 @@ def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
 def test_bits_that_a_quantizer_cannot_spend_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_quantizer(QuantizerConfig(**settings), **BUDGET)
+
+
+def test_stored_settings_of_other_kinds_are_passed_over_and_own_ones_kept() -> None:
+    stored = asdict(QuantizerConfig()) | {"commitment_weight": 9.0, "num_levels": 11}
+    assert QuantizerConfig.from_plain(stored) == QuantizerConfig()
+    own = QuantizerConfig(name="fsq", num_levels=11)
+    assert QuantizerConfig.from_plain(asdict(own) | {"temperature": 9.0}) == own
+    with pytest.raises(TypeError, match="unexpected keyword argument 'zzz'"):
+        QuantizerConfig.from_plain({"zzz": 1})
