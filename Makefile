@@ -85,7 +85,7 @@ demo: data ## digits to captioned video: train both stages, judge them, write a 
 # --- checks -------------------------------------------------------------------------------------
 
 test: setup ## run all tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: setup ## format, lint, types and import contracts, without changing a file
 	$(VENV)/bin/ruff format --check .
