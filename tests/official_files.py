@@ -43,6 +43,8 @@ def wrap(state: State, layout: str) -> Any:
         return {"args": {"tlen": 512}, "arch": "GRN2b", "epoch": 0, "iter": 7, "trainer": trainer}
     if layout == "gpt_ema_fsdp":
         return {"trainer": {"config": {}, "gpt_fsdp": others, "gpt_ema_fsdp": state}, "iter": 7}
+    if layout == "model":
+        return {"model": state, "optimizer": {"state": {}, "param_groups": []}, "steps": 7}
     assert layout == "flat"
     return state
 

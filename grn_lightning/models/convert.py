@@ -7,6 +7,7 @@ wrappers around the weights differ from file to file, and sizes must be told fro
 |---|---|
 | "ema", "vae" | tokenizer: the weights under that key, the average being "ema" |
 | "model_ema1", "model_ema2", "model" | class-conditional: under that key, prefix `net.`, next to an `argparse.Namespace` |
+| "model", "ema" | of LlamaGen, tokenizer and generator: under that key, without a prefix |
 | "gpt_ema_fsdp", "gpt_fsdp" | text-conditional, of the trainer: under `trainer` and that key |
 | "flat" | tensors by name and nothing else; also what safetensors files are |
 
@@ -26,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from grn_lightning.models.code_transformer import CodeTransformerConfig
 from grn_lightning.models.pretrained import (
     Pretrained,
     assign,
@@ -46,10 +48,13 @@ from grn_lightning.models.sizes import (
     guess_sizes,
     misfit,
     nearest_variant,
+    split_left_out,
+    table_hints,
     was_attention_trained,
 )
 from grn_lightning.models.text_encoder import TextEncoderConfig
-from grn_lightning.models.tokenizer import TokenizerConfig
+from grn_lightning.models.tokenizers import AnyTokenizerConfig
+from grn_lightning.models.vq_tokenizer import VQTokenizerConfig
 
 Layout = Literal[
     "ema", "vae", "model_ema1", "model_ema2", "model", "gpt_ema_fsdp", "gpt_fsdp", "flat"
@@ -60,6 +65,8 @@ WRITTEN: dict[Family, tuple[Layout, ...]] = {
     "tokenizer": ("ema", "vae", "flat"),
     "class": ("model_ema1", "flat"),
     "text": ("flat", "gpt_fsdp", "gpt_ema_fsdp"),
+    "vq": ("model", "ema", "flat"),
+    "gpt": ("model", "flat"),
 }
 """Layouts that can be written; the first is the one in which weights were published."""
 
@@ -82,6 +89,8 @@ class OfficialFile:
     """The weights, mapped into memory, under the names our modules have."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What its training was called with, where the file says it."""
+    left_out: tuple[str, ...] = ()
+    """Names of tensors in it that are no weights: tables and memories of the moment."""
 
 
 def read_official(path: str | Path, *, weights: Layout | None = None) -> OfficialFile:
@@ -276,13 +285,15 @@ def variant_name(guess: SizeGuess) -> str | None:
 class TokenizerReference:
     """The tokenizer whose codes a generator was trained on."""
 
-    config: TokenizerConfig
+    config: AnyTokenizerConfig
     """Its sizes."""
     weights_hash: str
     """The hash of its weights."""
 
     def hints(self, tensors: Mapping[str, Tensor]) -> SizeHints:
         """Return what it tells about a generator: rounds, and the form that fits its channels."""
+        if isinstance(self.config, VQTokenizerConfig):
+            return SizeHints()
         rounds, channels = self.config.num_rounds, self.config.latent_channels
         names = ("x_embedder.proj1.weight", "word_embed.weight")
         total = next((tensors[name].shape[1] for name in names if name in tensors), None)
@@ -328,14 +339,18 @@ def convert_official(
     Raises:
         ValueError: If the tensors do not fit, or `out` exists.
     """
-    hints = hints or SizeHints()
+    hints = (hints or SizeHints()).over(table_hints(source.tensors))
+    tensors, left_out = split_left_out(source.tensors)
+    source = replace(source, tensors=tensors, left_out=left_out)
     if tokenizer is not None:
         hints = hints.over(tokenizer.hints(source.tensors))
     try:
         guess = identify(source.tensors, variant=variant, hints=hints.over(hints_of(source)))
     except ValueError as error:
         raise ValueError(f"'{source.path}': {error}") from error
-    kind = "tokenizer" if guess.family == "tokenizer" else "generator"
+    kind = "tokenizer" if guess.family in ("tokenizer", "vq") else "generator"
+    if isinstance(guess.config, CodeTransformerConfig) and tokenizer is not None:
+        _check_codes(guess.config, tokenizer)
     network = assign(lambda: NETWORKS[guess.family](guess.config), source.tensors)
     info: dict[str, Any] = {"kind": kind, "config": {kind: guess.config}}
     if guess.family == "text":
@@ -346,12 +361,31 @@ def convert_official(
     return Conversion(source, guess, write_pretrained(out, {kind: network}, info))
 
 
+def _check_codes(config: CodeTransformerConfig, tokenizer: TokenizerReference) -> None:
+    """Refuse a tokenizer whose codes a generator cannot have learned; coarse labels are fewer."""
+    channels, size = tokenizer.config.code_channels, tokenizer.config.alphabet_size
+    if channels != 1 or config.output_size > size:
+        raise ValueError(
+            f"the generator knows one code of {config.output_size} values per position, but the "
+            f"tokenizer has {channels} of {size}; give the tokenizer of its training."
+        )
+
+
 def family_of(config: object) -> Family:
     """Return the published architecture that a configuration is of.
 
     Raises:
         ValueError: If it is of another one.
     """
+    if isinstance(config, CodeTransformerConfig) and not (
+        config.is_causal
+        and config.input_channels == 1
+        and config.num_classes > 0
+        and config.prefix_rotation == "zero"
+    ):
+        raise ValueError(
+            "a bidirectional, captioned or many-channelled CodeTransformer has no official layout."
+        )
     for family, table in VARIANTS.items():
         if type(config) is type(next(iter(table.values()))):
             return family

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from grn_lightning.models.code_transformer import CodeTransformer, CodeTransformerConfig
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.hashes import tensors_hash, weights_hash
@@ -44,8 +45,10 @@ FORMAT_VERSION = 1
 
 Kind = Literal["tokenizer", "generator"]
 KINDS = get_args(Kind)
-Network = Tokenizer | GRNClass | GRNText
-AnyConfig = TokenizerConfig | VQTokenizerConfig | GRNClassConfig | GRNTextConfig
+Network = Tokenizer | GRNClass | GRNText | CodeTransformer
+AnyConfig = (
+    TokenizerConfig | VQTokenizerConfig | GRNClassConfig | GRNTextConfig | CodeTransformerConfig
+)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT")
 
@@ -54,6 +57,7 @@ ARCHITECTURES: dict[str, tuple[type[Network], type[AnyConfig]]] = {
     "VQTokenizer": (VQTokenizer, VQTokenizerConfig),
     "GRNClass": (GRNClass, GRNClassConfig),
     "GRNText": (GRNText, GRNTextConfig),
+    "CodeTransformer": (CodeTransformer, CodeTransformerConfig),
 }
 """What an export may hold, and what its sizes are."""
 

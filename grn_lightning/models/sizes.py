@@ -8,39 +8,65 @@ variant; a `SizeGuess` says which.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from grn_lightning.models.code_transformer import CodeTransformer, CodeTransformerConfig
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.tokenizer import COLOURS, HBQTokenizer, TokenizerConfig
-from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, TOKENIZERS
+from grn_lightning.models.variants import (
+    BACKBONES,
+    GRN_CLASS,
+    GRN_TEXT,
+    LLAMAGEN,
+    TOKENIZERS,
+    VQ_TOKENIZERS,
+)
+from grn_lightning.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from grn_lightning.nn.embed import sincos_2d
 
-Family = Literal["tokenizer", "class", "text"]
+Family = Literal["tokenizer", "class", "text", "vq", "gpt"]
 FAMILIES = get_args(Family)
-AnyConfig = TokenizerConfig | GRNClassConfig | GRNTextConfig
+AnyConfig = (
+    TokenizerConfig | GRNClassConfig | GRNTextConfig | VQTokenizerConfig | CodeTransformerConfig
+)
 Shape = tuple[int, ...]
 
 NETWORKS: dict[Family, type[nn.Module]] = {
     "tokenizer": HBQTokenizer,
     "class": GRNClass,
     "text": GRNText,
+    "vq": VQTokenizer,
+    "gpt": CodeTransformer,
 }
 VARIANTS: dict[Family, Mapping[str, AnyConfig]] = {
     "tokenizer": TOKENIZERS,
     "class": GRN_CLASS,
     "text": GRN_TEXT,
+    "vq": VQ_TOKENIZERS,
+    "gpt": LLAMAGEN,
 }
 _LANDMARKS: dict[Family, re.Pattern[str]] = {
     "tokenizer": re.compile(r"(encoder|decoder)\.(conv1|downsamples|upsamples|middle|head)\."),
     "class": re.compile(r"(x_embedder|y_embedder|in_context_posemb|final_layer|blocks\.\d)"),
     "text": re.compile(r"(text_proj|word_embed|pt_embedder|block_chunks\.\d)"),
+    "vq": re.compile(
+        r"(encoder|decoder)\.(conv_in|conv_blocks|mid|norm_out|conv_out)\.|quant|post_quant_conv"
+    ),
+    "gpt": re.compile(
+        r"tok_embeddings|cls_embedding|layers\.\d+\.(attention|ffn_norm|feed_forward)"
+    ),
 }
+_LEFT_OUT: dict[Family, re.Pattern[str]] = {
+    "vq": re.compile(r"quantize\.codebook_used"),  # a list of codes that training has seen
+    "gpt": re.compile(r"freqs_cis|causal_mask|layers\.\d+\.attention\.kv_cache\.[kv]_cache"),
+}
+"""What published files may hold besides weights: what can be computed, or belongs to a moment."""
 _ROUNDS = 4  # of all published weights
 _MAX_ROWS = 20
 
@@ -54,7 +80,9 @@ class SizeHints:
     target: Literal["index", "bit"] | None = None
     """Whether a generator predicts codes of `2**num_rounds` letters, or their bits."""
     grid_size: tuple[int, int] | None = None
-    """Height and width of the latent grid of a class-conditional generator."""
+    """Height and width of the latent grid of a class-conditional or autoregressive generator."""
+    num_heads: int | None = None
+    """Attention heads of an autoregressive generator."""
     context_start: int | None = None
     """First block of a class-conditional generator that sees the context tokens."""
     attention: Literal["prefix", "full"] | None = None
@@ -116,6 +144,33 @@ def expected_shapes(family: Family, config: AnyConfig) -> dict[str, Shape]:
     with torch.device("meta"):
         state = NETWORKS[family](config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def table_hints(tensors: Mapping[str, Tensor]) -> SizeHints:
+    """Return what the table of rotations tells that an autoregressive generator may come with.
+
+    Its shape is `(1 + positions, half of a head, 2)`; the grid is taken to be a square.
+    """
+    table, norm = tensors.get("freqs_cis"), tensors.get("norm.weight")
+    if table is None or norm is None or table.ndim != 3 or len(norm) % (2 * table.shape[1]):
+        return SizeHints()
+    side = math.isqrt(len(table) - 1)
+    grid_size = (side, side) if side * side == len(table) - 1 else None
+    return SizeHints(num_heads=len(norm) // (2 * table.shape[1]), grid_size=grid_size)
+
+
+def split_left_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Take out what may be left out of a network's file: buffers that no weights depend on.
+
+    Returns:
+        All other tensors, and the names of what was taken out.
+    """
+    try:
+        pattern = _LEFT_OUT.get(find_family(tensors))
+    except UnknownSizes:
+        pattern = None
+    names = tuple(name for name in tensors if pattern is not None and pattern.fullmatch(name))
+    return {name: x for name, x in tensors.items() if name not in names}, names
 
 
 def differences(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
@@ -204,7 +259,13 @@ def guess_sizes(tensors: Mapping[str, Tensor], hints: SizeHints | None = None) -
     """
     hints = hints or SizeHints()
     family = find_family(tensors)
-    guess = {"tokenizer": _guess_tokenizer, "class": _guess_class, "text": _guess_text}[family]
+    guess = {
+        "tokenizer": _guess_tokenizer,
+        "class": _guess_class,
+        "text": _guess_text,
+        "vq": _guess_vq,
+        "gpt": _guess_gpt,
+    }[family]
     shapes = _Shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return guess(tensors, shapes, hints)
 
@@ -352,3 +413,45 @@ def _guess_text(tensors: Mapping[str, Tensor], shape: _Shapes, hints: SizeHints)
         aspect_template=hints.aspect_template,
     )
     return SizeGuess("text", config, assumed)
+
+
+def _guess_vq(tensors: Mapping[str, Tensor], shape: _Shapes, hints: SizeHints) -> SizeGuess:
+    width, levels = (
+        shape("encoder.conv_in.weight", 0),
+        shape.count("encoder.conv_blocks.N.res.0.conv1.weight"),
+    )
+    widths = [shape(f"encoder.conv_blocks.{n}.res.0.conv1.weight", 0) for n in range(levels)]
+    config = VQTokenizerConfig(
+        codebook_size=shape("quantize.embedding.weight", 0),
+        codebook_dim=shape("quantize.embedding.weight", 1),
+        width=width,
+        width_multipliers=tuple(_divide(wide, width, "an encoder width") for wide in widths),
+        num_res_blocks=shape.count("encoder.conv_blocks.0.res.N.conv1.weight"),
+        feature_width=shape("encoder.conv_out.weight", 0),
+    )
+    return SizeGuess("vq", config)
+
+
+def _guess_gpt(tensors: Mapping[str, Tensor], shape: _Shapes, hints: SizeHints) -> SizeGuess:
+    assumed: dict[str, Any] = {}
+    width, depth = shape("norm.weight", 0), shape.count("layers.N.attention.wqkv.weight")
+    num_heads, grid_size = hints.num_heads, hints.grid_size
+    if num_heads is None:
+        near = min(BACKBONES.values(), key=lambda row: abs(math.log(row.width / width)))
+        is_fitting = width % (4 * near.num_heads) == 0
+        num_heads = assumed["num_heads"] = near.num_heads if is_fitting else max(1, width // 64)
+    if grid_size is None:
+        grid_size = assumed["grid_size"] = CodeTransformerConfig.grid_size
+    config = CodeTransformerConfig(
+        input_size=shape("tok_embeddings.weight", 0),
+        output_size=shape("output.weight", 0),
+        grid_size=grid_size,
+        depth=depth,
+        width=width,
+        num_heads=num_heads,
+        num_classes=shape("cls_embedding.embedding_table.weight", 0) - 1,
+    )
+    mlp_width = shape("layers.0.feed_forward.w1.weight", 0)
+    if mlp_width != config.hidden:
+        config = replace(config, mlp_width=mlp_width)
+    return SizeGuess("gpt", config, assumed)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from grn_lightning.models.code_transformer import BackboneConfig
+from grn_lightning.models.code_transformer import BackboneConfig, CodeTransformerConfig
 from grn_lightning.models.grn_class import GRNClassConfig
 from grn_lightning.models.grn_text import GRNTextConfig
 from grn_lightning.models.tokenizer import TokenizerConfig
@@ -79,6 +79,17 @@ def _grn_text(
     )
 
 
+def _llamagen(name: str) -> CodeTransformerConfig:
+    row = BACKBONES[name]
+    return CodeTransformerConfig(
+        input_size=16384,
+        output_size=16384,
+        depth=row.depth,
+        width=row.width,
+        num_heads=row.num_heads,
+    )
+
+
 def _backbone(depth: int, width: int, num_heads: int, **rest: Any) -> BackboneConfig:
     return BackboneConfig(depth=depth, width=width, num_heads=num_heads, **rest)
 
@@ -136,6 +147,12 @@ BACKBONES: dict[str, BackboneConfig] = {
     "XXL":    _backbone(48, 1536, 24),
     "3B":     _backbone(24, 3200, 32),
     "digits": _backbone( 6,  128,  4, dropout=0.0),
+}
+
+# What LlamaGen has published for ImageNet classes: these networks over 16,384 codes. Pictures of
+# 384 pixels have a grid of 24 x 24, and networks of the same tensors.
+LLAMAGEN: dict[str, CodeTransformerConfig] = {
+    f"llamagen-{name}": _llamagen(name) for name in ("B", "L", "XL", "XXL", "3B")
 }
 
 # LlamaGen's image tokenizers with 16 and 8 pixels per position; "digits" is ours.

@@ -40,6 +40,8 @@ class ConversionReport:
     """Sizes of the network."""
     assumed: dict[str, Any]
     """Sizes that neither tensors nor options told."""
+    left_out: tuple[str, ...] = ()
+    """Tensors in the file that are no weights."""
 
     def __str__(self) -> str:
         """Say what it is, and what to look at twice."""
@@ -53,6 +55,8 @@ class ConversionReport:
         if self.assumed:
             options = ", ".join(f"--{name} {value}" for name, value in self.assumed.items())
             lines.append(f"  assumed, since nothing tells it: {options}")
+        if self.left_out:
+            lines.append(f"  left out, since they are no weights: {', '.join(self.left_out)}")
         return "\n".join([*lines, f"in {', '.join(repr(str(file)) for file in self.files)}"])
 
 
@@ -119,6 +123,7 @@ def _report(done: Conversion) -> ConversionReport:
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         config=asdict(done.guess.config),
         assumed=done.guess.assumed,
+        left_out=done.source.left_out,
     )
 
 

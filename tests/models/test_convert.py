@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from grn_lightning.models.code_transformer import CodeTransformer
 from grn_lightning.models.convert import (
     LAYOUTS,
     WRITTEN,
@@ -23,7 +24,8 @@ from grn_lightning.models.grn_text import GRNText
 from grn_lightning.models.pretrained import read_pretrained
 from grn_lightning.models.sizes import VARIANTS, SizeHints, expected_shapes
 from grn_lightning.models.tokenizer import HBQTokenizer
-from tests.models.test_sizes import CLASS, TEXT, TOKENIZER, stand_ins
+from grn_lightning.models.vq_tokenizer import VQTokenizer
+from tests.models.test_sizes import CLASS, GPT, TEXT, TOKENIZER, VQ, stand_ins
 from tests.official_files import random_state, wrap, write_official_file
 from tests.tiny_runs import tensors_equal
 
@@ -33,6 +35,7 @@ FAMILY_OF_LAYOUT = {
     "model_ema1": GRNClass(CLASS),
     "gpt_fsdp": GRNText(TEXT),
     "gpt_ema_fsdp": GRNText(TEXT),
+    "model": CodeTransformer(GPT),
     "flat": GRNText(TEXT),
 }
 
@@ -256,7 +259,13 @@ def test_without_what_tells_a_size_the_nearest_variant_is_compared_with():
 # --- there and back -------------------------------------------------------------------------------
 
 ALL_WRITTEN = [(layout, family) for family, layouts in WRITTEN.items() for layout in layouts]
-NETWORKS = {"tokenizer": HBQTokenizer(TOKENIZER), "class": GRNClass(CLASS), "text": GRNText(TEXT)}
+NETWORKS = {
+    "tokenizer": HBQTokenizer(TOKENIZER),
+    "class": GRNClass(CLASS),
+    "text": GRNText(TEXT),
+    "vq": VQTokenizer(VQ),
+    "gpt": CodeTransformer(GPT),
+}
 
 
 @pytest.mark.parametrize(("layout", "family"), ALL_WRITTEN)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grn_lightning.models.code_transformer import CodeTransformer, CodeTransformerConfig
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.sizes import (
@@ -18,8 +19,11 @@ from grn_lightning.models.sizes import (
     find_family,
     guess_sizes,
     nearest_variant,
+    split_left_out,
+    table_hints,
 )
 from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
+from grn_lightning.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 
 ROWS = [(family, name) for family, table in VARIANTS.items() for name in table]
 
@@ -68,6 +72,19 @@ TEXT = GRNTextConfig(
     attention="full",
     aspect_template=0.562,
 )
+VQ = VQTokenizerConfig(
+    codebook_size=11, codebook_dim=3, width=32, width_multipliers=(1, 2), feature_width=5
+)
+GPT = CodeTransformerConfig(
+    input_size=11,
+    output_size=11,
+    grid_size=(2, 6),
+    depth=3,
+    width=48,
+    num_heads=3,
+    mlp_width=40,
+    num_classes=7,
+)
 TOKENIZER = TokenizerConfig(
     latent_channels=3,
     num_rounds=2,
@@ -102,15 +119,19 @@ OTHERS = [
         {"num_rounds": 2},
     ),
     (dataclasses.replace(TOKENIZER, num_res_blocks=3, patch_size=1), {"num_rounds": 2}),
+    (VQ, {}),
+    (dataclasses.replace(VQ, width_multipliers=(1, 1, 3), num_res_blocks=1), {}),
+    (GPT, {"num_heads": 3, "grid_size": (2, 6)}),
+    (dataclasses.replace(GPT, mlp_width=None), {"num_heads": 3, "grid_size": (2, 6)}),
 ]
 
 
 @pytest.mark.parametrize(("config", "hints"), OTHERS)
 def test_any_other_size_is_read_off(config, hints):
-    network = NETWORKS[
-        {GRNClassConfig: "class", GRNTextConfig: "text"}.get(type(config), "tokenizer")
-    ]
-    model = network(config)
+    (family,) = (
+        name for name, table in VARIANTS.items() if type(config) in map(type, table.values())
+    )
+    model = NETWORKS[family](config)
     for parameter in model.parameters():
         if not bool(parameter.any()):
             torch.nn.init.ones_(parameter)
@@ -137,6 +158,24 @@ def test_what_is_assumed_is_said():
     assert (bits.config.num_elements, bits.config.alphabet_size) == (24, 2)
     text = guess_sizes(GRNText(TEXT).state_dict())
     assert text.assumed == {"target": "bit", "attention": "prefix"}
+
+
+def test_a_table_of_rotations_tells_heads_and_grid_and_may_be_left_out():
+    state = CodeTransformer(dataclasses.replace(GPT, grid_size=(4, 4))).state_dict()
+    assert guess_sizes(state).assumed == {"num_heads": 4, "grid_size": (16, 16)}
+    extras = {
+        "freqs_cis": torch.zeros(1 + 16, 8, 2),  # a class token and positions, half a head, cos sin
+        "causal_mask": torch.ones(2, 17, 17),
+        "layers.2.attention.kv_cache.k_cache": torch.zeros(2, 3, 17, 16),
+    }
+    assert table_hints(state) == SizeHints()
+    assert table_hints(state | extras) == SizeHints(num_heads=3, grid_size=(4, 4))
+    kept, left_out = split_left_out(state | extras | {"freqs": torch.zeros(1)})
+    assert left_out == tuple(extras)
+    assert kept.keys() == state.keys() | {"freqs"}  # what nobody knows stays, and is refused later
+    vq = VQTokenizer(VQ).state_dict()
+    used = {"quantize.codebook_used": torch.zeros(65536)}
+    assert split_left_out(vq | used | extras) == (vq | extras, ("quantize.codebook_used",))
 
 
 def test_impossible_sizes_are_refused():
