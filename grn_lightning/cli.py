@@ -211,13 +211,20 @@ def main() -> Any:
         near = longer or get_close_matches(name, [*TRAINER_COMMANDS, *TOOLS], n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`grn --help` lists the commands."
         raise ValueError(f"there is no command '{name}'; {hint}")
-    except (ArgumentError, OmegaConfBaseException, FileNotFoundError, ValueError) as error:
+    except (ArgumentError, OmegaConfBaseException, OSError, ValueError) as error:
         if isinstance(error, ValueError) and not _is_addressed_to_a_person(error):
+            raise
+        if isinstance(error, OSError) and not _is_about_a_file(error):
             raise
         is_tool = name in TOOLS and not (name == "check" and _is_training(args))
         options = _options_of(name) if is_tool else ()
         sys.stderr.write(f"grn: {explain(error, options=options)}\n")
         raise SystemExit(2) from error
+
+
+def _is_about_a_file(error: OSError) -> bool:
+    """Whether the error says which file is missing, in the way, or closed to the user."""
+    return isinstance(error, FileNotFoundError) or error.filename is not None
 
 
 def _is_addressed_to_a_person(error: ValueError) -> bool:

@@ -31,6 +31,7 @@ _TOP_LEVEL = (
     "weights_only",
 )
 _FEW = 16  # so many allowed keys are listed
+_TABLE = re.compile(r"[^\n]+(\n  \S[^\n]*)+")  # a sentence of ours, and rows below it
 
 
 class Complaint(NamedTuple):
@@ -69,6 +70,10 @@ def explain(error: Exception, *, options: Sequence[str] = ()) -> str:
         error: What a parser, or code of ours, has raised.
         options: Options of the command, for a hint; those of the training commands by default.
     """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"'{error.filename}': {error.strerror[0].lower()}{error.strerror[1:]}."
+    if type(error) is ValueError and _TABLE.fullmatch(str(error)):
+        return str(error)
     found = complaints(str(error))
     if not any(complaint.path or complaint.owner for complaint in found) and len(found) > 1:
         return _interpolation(str(error)) or " ".join(str(error).split())

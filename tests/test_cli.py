@@ -268,6 +268,17 @@ def test_a_plain_sentence_passes_unchanged():
     assert explain(ValueError(text)) == text
 
 
+def test_a_table_keeps_its_rows():
+    text = "'x.ckpt': 2 tensors do not fit.\n  missing  a (3)\n  unexpected  b (4)"
+    assert explain(ValueError(text)) == text
+
+
+def test_a_file_in_the_way_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    told = refusal(capsys, "digits", tmp_path / "file" / "inside")
+    assert told == f"'{tmp_path / 'file' / 'inside'}': not a directory."
+
+
 def test_explaining_changes_no_configuration(config):
     before = copy.deepcopy(config)
     explain(ValueError(f"Does not validate\nGiven value: {config}"))
