@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from grn_lightning.functional.hbq import MAX_ROUNDS
 from grn_lightning.models.code_transformer import CodeTransformerConfig
 from grn_lightning.models.pretrained import (
     Pretrained,
@@ -204,7 +205,7 @@ def hints_of(file: OfficialFile) -> SizeHints:
     rounds = file.arguments.get("hbq_round")
     is_index, is_bit = bool(words & {"ind", "index"}), "bit" in words
     return SizeHints(
-        num_rounds=rounds if isinstance(rounds, int) and 1 <= rounds < 100 else None,
+        num_rounds=rounds if isinstance(rounds, int) and 1 <= rounds <= MAX_ROUNDS else None,
         target=None if is_index == is_bit else "index" if is_index else "bit",
         attention="full" if "fsa" in words else None,
     )

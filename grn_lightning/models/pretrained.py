@@ -132,8 +132,18 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """
     file.touch()
     mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(_apart(tensors), file, metadata={"format": "pt"})
     file.chmod(mode)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that are another one under a second name, which the format does not know."""
+    apart, seen = dict[str, Tensor](), set[int]()
+    for name, tensor in tensors.items():
+        place = tensor.data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def write_pretrained(path: str | Path, modules: Mapping[str, nn.Module], info: Any) -> Path:
@@ -227,14 +237,17 @@ def _read_info(file: Path) -> dict[str, Any]:
         raise ValueError(
             f"'{file}' is not the JSON of an export, or damaged: {type(error).__name__}: {error}."
         ) from error
-    if isinstance(found, int) and found > FORMAT_VERSION:
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"'{file}' is not the JSON of an export: it has format {found!r}.")
+    if found > FORMAT_VERSION:
         raise ValueError(
             f"'{file}' has format {found}, written by {info.get('created_by')}; this version of "
             f"grn_lightning reads formats up to {FORMAT_VERSION}. Install a newer one."
         )
     kind = info.get("kind")
     parts = (info.get("config"), info.get("weights_hash"))
-    if kind not in KINDS or any(not isinstance(part, dict) or kind not in part for part in parts):
+    sizes = parts[0].get(kind) if kind in KINDS and isinstance(parts[0], dict) else None
+    if not isinstance(sizes, dict) or not isinstance(parts[1], dict) or kind not in parts[1]:
         raise ValueError(f"'{file}' is not the JSON of an export: it describes no network.")
     return info
 
@@ -286,7 +299,7 @@ class Pretrained:
             ValueError: If this version knows none of that name.
         """
         name = self.info.get("architecture")
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"'{self.file}': unknown architecture {name!r}; known are {known}.")
         return name
@@ -306,6 +319,8 @@ class Pretrained:
             return kind(**data)
         except TypeError as error:
             raise ValueError(f"'{self.file}': no {kind.__name__}: {error}.") from error
+        except ValueError as error:
+            raise ValueError(f"'{self.file}': {error}") from error
 
     def network(self) -> Network:
         """Return the tokenizer or generator around the mapped tensors, frozen, in eval mode.

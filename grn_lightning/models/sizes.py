@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from grn_lightning.functional.hbq import MAX_ROUNDS
 from grn_lightning.models.code_transformer import CodeTransformer, CodeTransformerConfig
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
@@ -91,6 +92,10 @@ class SizeHints:
     """Height / width whose coordinates all grids of a text-conditional generator use."""
     use_mid_attention: bool | None = None
     """Whether the attention in the middle of a tokenizer acts or is bypassed."""
+
+    def __post_init__(self) -> None:
+        if self.num_rounds is not None and not 1 <= self.num_rounds <= MAX_ROUNDS:
+            raise ValueError(f"num_rounds must be in 1..{MAX_ROUNDS}, got {self.num_rounds}.")
 
     def over(self, others: "SizeHints") -> "SizeHints":
         """Return these hints, and those of others where there is none here."""

@@ -207,6 +207,15 @@ def test_a_damaged_file_is_refused(tmp_path):
         read_pretrained(tmp_path / "x")
 
 
+def test_a_tensor_under_two_names_is_written_twice(tmp_path):
+    model = network("class")
+    model.blocks[1].norm1.weight = model.blocks[0].norm1.weight
+    write_pretrained(tmp_path / "x", {"generator": model}, {"kind": "generator", "config": {}})
+    found = load_file(tmp_path / "x.safetensors")
+    expected = {f"generator.{name}": x for name, x in model.state_dict().items()}
+    assert tensors_equal(found, expected)
+
+
 def test_tensors_of_another_export_are_refused(tmp_path):
     write(tmp_path / "x", "class")
     torch.manual_seed(3)
@@ -223,6 +232,12 @@ def test_tensors_of_another_export_are_refused(tmp_path):
         ("[1]", "is not the JSON of an export, or damaged: TypeError"),
         ("{}", "is not the JSON of an export, or damaged: KeyError"),
         ('{"format_version": 1, "kind": "tokenizer", "config": {}}', "it describes no network"),
+        ('{"format_version": "2"}', "is not the JSON of an export: it has format '2'"),
+        (
+            '{"format_version": 1, "kind": "generator", "config": {"generator": null}, '
+            '"weights_hash": {"generator": ""}}',
+            "it describes no network",
+        ),
     ],
 )
 def test_a_json_of_something_else_is_refused(text, message, tmp_path):
@@ -244,7 +259,12 @@ def test_what_the_json_says_must_fit_the_tensors(tmp_path):
             {"config": {"generator": config["generator"] | {"sparks": 3}}},
             "no GRNClassConfig: .*spar",
         ),
+        (
+            {"config": {"generator": config["generator"] | {"depth": 0}}},
+            "x.json': GRNClassConfig: context_start",
+        ),
         ({"architecture": "GRNSound"}, "unknown architecture 'GRNSound'; known are HBQTok"),
+        ({"architecture": ["GRNClass"]}, "unknown architecture .'GRNClass'.; known are"),
     ):
         change(tmp_path / "x.json", **({"config": config, "architecture": "GRNClass"} | changed))
         with pytest.raises(ValueError, match=message):

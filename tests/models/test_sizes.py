@@ -186,6 +186,9 @@ def test_impossible_sizes_are_refused():
         ValueError, match=r"context_start must be in \[0, depth\) = \[0, 5\), got 7"
     ):
         guess_sizes(tensors, SizeHints(context_start=7))
+    for num_rounds in (0, 17):
+        with pytest.raises(ValueError, match=rf"num_rounds must be in 1..16, got {num_rounds}"):
+            SizeHints(num_rounds=num_rounds)
     torch.nn.init.ones_(tensors["pos_embed"])
     with pytest.raises(ValueError, match="12 positions and is no table.*give `grid_size`"):
         guess_sizes(tensors)
