@@ -9,6 +9,7 @@ Parameter names and shapes are those of the published checkpoints.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Literal
 
@@ -417,3 +418,17 @@ class VQTokenizer(nn.Module):
     def detokenize(self, codes: Tensor) -> Tensor:
         """Map codes `(b, 1, 1, h', w')` to pictures `(b, 3, 1, h, w)`, not clamped."""
         return self.decode(self.dequantize(codes))
+
+    def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Encode a film `(b, 3, f, h, w)` at a time, every frame as a picture of its own.
+
+        Yields:
+            Unit vectors `(b, d, f, h', w')` of each part.
+        """
+        for chunk in chunks:
+            yield torch.cat([self.encode(frame) for frame in chunk.split(1, dim=2)], dim=2)
+
+    def decode_chunks(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode parts `(b, d, f, h', w')` of a film to frames `(b, 3, f, h, w)`, not clamped."""
+        for z_hat in latents:
+            yield torch.cat([self.decode(frame) for frame in z_hat.split(1, dim=2)], dim=2)

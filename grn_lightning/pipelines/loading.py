@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from grn_lightning.models.code_transformer import CodeTransformer
 from grn_lightning.models.grn_text import GRNTextConfig
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.pretrained import Pretrained, read_pretrained
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
 from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.models.tokenizers import Tokenizer
+from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.pipelines.conditions import Condition
 from grn_lightning.pipelines.fit import check_text_channels, target_of
 from grn_lightning.pipelines.generator import GeneratorPipeline
+from grn_lightning.pipelines.stages import load_stage_export
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.samplers.config import config_from_plain
 
@@ -87,10 +90,11 @@ class LonePipeline(GeneratorPipeline):
 
 def load_export(
     path: str | Path,
-    tokenizer: str | Path | HBQTokenizer | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
     *,
     text_encoder: TextEncoder | TextEncoderConfig | None = None,
-) -> Tokenizer | GeneratorPipeline:
+    fine: str | Path | None = None,
+) -> Tokenizer | GeneratorPipeline | CoarseToFinePipeline | CodeTransformer:
     """Return what an export holds, ready to be used; see `grn_lightning.load`.
 
     Args:
@@ -98,6 +102,7 @@ def load_export(
         tokenizer: Of a generator: the network, or its export. None looks for it in the folder of
             the generator.
         text_encoder: Of a generator, where the export does not have or name one.
+        fine: Stage 2 of coarse-to-fine prediction, for stage 1.
 
     Raises:
         ValueError: If the export is damaged, or parts do not belong together.
@@ -105,8 +110,12 @@ def load_export(
     pretrained = read_pretrained(path)
     if pretrained.kind == "tokenizer":
         return pretrained.tokenizer()
+    if isinstance(tokenizer, str | Path):
+        tokenizer = read_pretrained(tokenizer).tokenizer()
+    if pretrained.architecture == "CodeTransformer":
+        return load_stage_export(path, tokenizer, fine)
     if not isinstance(tokenizer, HBQTokenizer | None):
-        tokenizer = read_pretrained(tokenizer).hbq_tokenizer()
+        raise ValueError(f"'{pretrained.file}' refines codes of an HBQTokenizer; give that one.")
     found = find_tokenizer(pretrained, tokenizer)
     if isinstance(text_encoder, TextEncoderConfig):
         text_encoder = build_text_encoder(text_encoder).eval().requires_grad_(False)
@@ -152,9 +161,11 @@ def sampling_of(pretrained: Pretrained) -> RefineConfig:
     Raises:
         ValueError: If they are none that this version knows.
     """
-    stored = dict(pretrained.info.get("sampling") or {})
-    stored.pop("calibration", None)  # how they were found
+    stored = pretrained.info.get("sampling") or {}
     try:
-        return config_from_plain(stored)
+        if not isinstance(stored, dict):
+            raise ValueError(f"no settings of sampling: {stored!r}.")
+        plain = {name: x for name, x in stored.items() if name != "calibration"}  # how found
+        return config_from_plain(plain)
     except ValueError as error:
         raise ValueError(f"'{pretrained.file}': {error}") from error

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from grn_lightning.media.images import to_float, to_uint8
 from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _ramp(starts: tuple[int, ...], n: int, tile: int) -> Tensor:
 class _TileStream:
     """One tile through the tokenizer, chunk by chunk."""
 
-    def __init__(self, tokenizer: HBQTokenizer, num_rounds: int | None):
+    def __init__(self, tokenizer: Tokenizer, num_rounds: int | None):
         self.tokenizer, self.num_rounds = tokenizer, num_rounds
         self._next: Tensor | None = None
         quantized = (self._quantize(z) for z in tokenizer.encode_chunks(self._arriving()))
@@ -117,6 +118,7 @@ class _TileStream:
 
     def _quantize(self, z: Tensor) -> Tensor:
         if self.num_rounds is not None:
+            assert isinstance(self.tokenizer, HBQTokenizer)
             return self.tokenizer.quantize_rounds(z, num_rounds=self.num_rounds)
         if not self.tokenizer.config.has_codes:
             return z
@@ -159,7 +161,9 @@ class Reconstruction:
         num_rounds: Decode so many rounds instead of those of the training.
     """
 
-    def __init__(self, tokenizer: HBQTokenizer, plan: TilePlan, *, num_rounds: int | None = None):
+    def __init__(self, tokenizer: Tokenizer, plan: TilePlan, *, num_rounds: int | None = None):
+        if num_rounds is not None and not tokenizer.config.has_rounds:
+            raise ValueError("`rounds` must be left out: the tokenizer's codes have no rounds.")
         self.tokenizer, self.plan = tokenizer, plan
         self.num_latent_frames = 0
         self._bits_per_position = tokenizer.config.bits_per_position
@@ -193,7 +197,7 @@ class Reconstruction:
         is_first = self.num_latent_frames == 0
         fitting = _round_up(count - is_first, config.temporal_stride) + is_first
         self.num_latent_frames += (fitting - is_first) // config.temporal_stride + is_first
-        weight = self.tokenizer.conv2.weight
+        weight = next(self.tokenizer.parameters())
         clip = to_float(frames).to(weight.device, weight.dtype).transpose(0, 1)[None]
         bottom, right = (
             after - before

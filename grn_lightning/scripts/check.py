@@ -23,6 +23,8 @@ from grn_lightning.scripts.runs import choose_device, open_run
 
 NUM_BATCHES = 8
 """Batches that are looked through for other shapes: sources take turns."""
+EXPORT_BATCH = 2
+"""Batch size where the settings of a training tell none."""
 EDGE = 4
 """Positions along the edges of made-up clips."""
 
@@ -52,7 +54,13 @@ def check(
     Raises:
         ValueError: If there is nothing that can be checked.
     """
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
     trained = open_run(run)
+    if trained.stage in ("raster", "fine"):
+        raise ValueError(
+            f"'{trained.checkpoint}' is a stage of coarse-to-fine prediction, which is not checked."
+        )
     try:
         module = _load(trained.checkpoint, trained.stage, tokenizer)
     except ValueError as error:  # of another tokenizer, damaged, incomplete
@@ -104,12 +112,14 @@ def _batches_of(
     module: LitTokenizer | LitGenerator, settings: dict[str, Any], path: Path | None
 ) -> tuple[Finding, list[dict[str, Any]]]:
     """Return samples of the training's data, or made-up ones where it is gone."""
+    settings = _whole_settings(module, settings)
     if path is not None:
-        sources = [{**source, "path": str(path)} for source in settings.get("sources", [])][-1:]
+        sources = [{**source, "path": str(path)} for source in settings["sources"]][-1:]
         settings = {**settings, "sources": sources}
     try:
-        if not settings.get("sources"):
-            raise ValueError("the training data is not known.")
+        if not settings["sources"]:
+            hint = "" if path is None else " Leave `--data` out: made-up samples are checked then."
+            raise ValueError(f"the training data is not known, nor how shards were read.{hint}")
         shards = ShardData(**{**settings, "loader": {"num_workers": 0}})
         batches = [_moved(batch, module.device) for batch in _distinct_batches(shards)]
     except (ValueError, TypeError, FileNotFoundError) as error:  # gone, or of an older version
@@ -119,6 +129,22 @@ def _batches_of(
         return Finding("data", Status.NOTE, text), [_moved(_made_up(module), module.device)]
     paths = ", ".join(str(source["path"]) for source in settings["sources"])
     return Finding("data", Status.OK, paths), batches
+
+
+def _whole_settings(
+    module: LitTokenizer | LitGenerator, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Return settings of the data with what an export leaves out: batches, and conditions."""
+    sources = [
+        {"batch_size": EXPORT_BATCH} | {key: x for key, x in source.items() if x is not None}
+        for source in settings.get("sources", [])
+    ]
+    told: dict[str, Any] = {}
+    if isinstance(module, CodeStage) and "with_classes" not in settings:
+        told = {"with_classes": True, "num_classes": module.null_class}
+        if module.is_text:
+            told = {"with_captions": "with_text_features" not in settings}
+    return {**told, **settings, "sources": sources}
 
 
 def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class EvaluationReport:
 def _check(run: TrainedRun, given: dict[str, Any]) -> None:
     """Refuse what cannot be meant or written down, and warn of what has no effect."""
     read_evaluations(run.folder)
+    if run.stage in ("raster", "fine"):
+        raise ValueError(
+            f"'{run.checkpoint}' is a stage of coarse-to-fine prediction, which `grn bench "
+            "generators` judges; `grn sample` draws from it."
+        )
     batch_size, num_samples = given["batch_size"], given["num_samples"]
     if batch_size < 1 or (num_samples is not None and num_samples < 2):
         got = f"`batch_size`={batch_size} and `num_samples`={num_samples}"

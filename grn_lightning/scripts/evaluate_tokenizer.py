@@ -91,7 +91,8 @@ class _Scores:
     def __init__(self, tokenizer: HBQTokenizer, size: ClipSize, lpips: LPIPS | None):
         config = tokenizer.config
         self.device = next(tokenizer.parameters()).device
-        self.own = config.num_rounds if config.has_codes else _UNQUANTIZED
+        # A codebook has no rounds; it counts as one.
+        self.own = max(1, config.num_rounds) if config.has_codes else _UNQUANTIZED
         many = range(1, max(_MAX_ROUNDS, config.num_rounds) + 1)
         rounds = [*many, _UNQUANTIZED] if config.has_rounds else [self.own, _UNQUANTIZED]
         self.metrics = {m: self._metrics(lpips) for m in dict.fromkeys(rounds)}

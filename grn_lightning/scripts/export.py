@@ -8,6 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from grn_lightning.lit.checkpoints import read_checkpoint, trained_state
+from grn_lightning.lit.coarse_to_fine import load_stage
+from grn_lightning.models.code_transformer import CodeTransformer
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.hashes import tensors_hash
@@ -19,6 +21,7 @@ from grn_lightning.models.pretrained import (
     select,
     write_pretrained,
 )
+from grn_lightning.models.stored_split import SplitTensors, split_as_plain
 from grn_lightning.models.text_encoder import TINY, TextEncoderConfig, build_text_encoder
 from grn_lightning.models.tokenizers import as_tokenizer_config, build_tokenizer
 from grn_lightning.samplers import RefineConfig
@@ -84,10 +87,13 @@ def export(
     if run.stage == "tokenizer":
         sizes = as_tokenizer_config(config["tokenizer"])
         modules = {"tokenizer": assign(lambda: build_tokenizer(sizes), select(state, "tokenizer"))}
+    elif run.stage in ("raster", "fine"):
+        modules = _stage(run, state, info)
     else:
         modules = {"generator": _generator(config["generator"], select(state, "generator"))}
-        info["tokenizer_hash"] = read_checkpoint(run.checkpoint)["tokenizer_hash"]
         info["sampling"] = sampling or _calibrated(run)
+    if run.stage != "tokenizer":
+        info["tokenizer_hash"] = read_checkpoint(run.checkpoint)["tokenizer_hash"]
         if config.get("text_encoder") is not None:
             _add_text_encoder(modules, info, select(state, "text_encoder"))
     info["training"]["weights"] = weights
@@ -107,6 +113,24 @@ def _generator(config: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
         return assign(lambda: GRNClass(of_classes), tensors)
     of_text = GRNTextConfig(**config)
     return assign(lambda: GRNText(of_text), tensors)
+
+
+def _stage(run: TrainedRun, state: dict[str, Tensor], info: dict[str, Any]) -> dict[str, nn.Module]:
+    """Network and split of a stage of coarse-to-fine prediction; completes `info`."""
+    module = load_stage(run.checkpoint)
+    network_config = module.network.config
+    network = assign(lambda: CodeTransformer(network_config), select(state, "network"))
+    config = {"generator": network_config, "text_encoder": run.configuration["text_encoder"]}
+    modules: dict[str, nn.Module] = {"generator": network}
+    if module.split is not None:
+        config["split"] = split_as_plain(module.split)
+        tensors = SplitTensors(module.split)
+        if tensors.state_dict():
+            modules["split"] = tensors
+    info |= {"kind": "generator", "config": config}
+    if run.stage == "fine":
+        info["fine_mask"] = run.configuration["fine_mask"]
+    return modules
 
 
 def _add_text_encoder(

@@ -17,7 +17,7 @@ from grn_lightning.media.images import decode_image, encode_png, to_float
 from grn_lightning.media.video import probe_video, stream_video, write_mp4
 from grn_lightning.metrics import FramePSNR
 from grn_lightning.models.hashes import weights_hash
-from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.tokenizers import Tokenizer
 from grn_lightning.pipelines.reconstruction import Reconstruction, cut_chunks, plan_tiles
 from grn_lightning.scripts.evaluate_tokenizer import AMPLIFICATION
 from grn_lightning.scripts.pictures import new_folder
@@ -108,7 +108,7 @@ class ReconstructReport:
 class _Job:
     """One file on its way through the tokenizer."""
 
-    def __init__(self, source: Path, tokenizer: HBQTokenizer, config: ReconstructConfig):
+    def __init__(self, source: Path, tokenizer: Tokenizer, config: ReconstructConfig):
         self.source, self.config = source, config
         self.is_video = source.suffix.lower() in VIDEO_SUFFIXES
         if self.is_video:

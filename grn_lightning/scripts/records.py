@@ -157,13 +157,23 @@ def command_line(tool: Callable[..., Any], given: Mapping[str, Any]) -> str:
             many = default is inspect.Parameter.empty and isinstance(value, list)
             words += [*map(str, value)] if many else [] if value is None else [_plain(value)]
         elif dataclasses.is_dataclass(value):
-            fields = [one.name for one in dataclasses.fields(value)]
-            pairs = {key: (getattr(value, key), getattr(default, key)) for key in fields}
             prefix = "" if name == "config" else f"{name}."  # whose fields are options themselves
-            words += [f"--{prefix}{key}={_plain(a)}" for key, (a, b) in pairs.items() if a != b]
+            words += _field_options(prefix, value, default)
         elif value != default:
             words.append(f"--{name}={_plain(value)}")
     return shlex.join(words)
+
+
+def _field_options(prefix: str, value: Any, default: Any) -> list[str]:
+    """Return an option for every field of a configuration that is not as in another one."""
+    words = []
+    for one in dataclasses.fields(value):
+        a, b = getattr(value, one.name), getattr(default, one.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            words += _field_options(f"{prefix}{one.name}.", a, b)
+        elif a != b:
+            words.append(f"--{prefix}{one.name}={_plain(a)}")
+    return words
 
 
 # --- evaluation.json ------------------------------------------------------------------------------

@@ -11,7 +11,15 @@ from grn_lightning.lit.checkpoints import find_checkpoint, read_checkpoint
 from grn_lightning.models.pretrained import export_files, is_export, read_pretrained
 
 _CHECKPOINTS = "checkpoints"  # Lightning's folder of checkpoints in a run
-_NETWORKS = {"tokenizer": ("tokenizer",), "generator": ("generator", "text_encoder")}
+_NETWORKS = {
+    "tokenizer": ("tokenizer",),
+    "generator": ("generator", "text_encoder"),
+    "raster": ("backbone", "split", "text_encoder"),
+    "fine": ("backbone", "split", "text_encoder", "fine_mask"),
+}
+
+Stage = Literal["tokenizer", "generator", "raster", "fine"]
+"""What was trained; "raster" and "fine" are the stages of coarse-to-fine prediction."""
 
 
 class ClipSize(NamedTuple):
@@ -32,7 +40,7 @@ class TrainedRun:
 
     checkpoint: Path
     """The file."""
-    stage: Literal["tokenizer", "generator"]
+    stage: Stage
     """What was trained."""
     step: int
     """Optimizer steps it has seen."""
@@ -111,9 +119,11 @@ def open_run(path: Path) -> TrainedRun:
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
-    stage: Literal["tokenizer", "generator"] = "tokenizer"
+    stage: Stage = "tokenizer"
     if "generator" in hyper_parameters:
         stage = "generator"
+    elif "backbone" in hyper_parameters:
+        stage = "fine" if "fine_mask" in hyper_parameters else "raster"
     elif not isinstance(hyper_parameters.get("tokenizer"), dict):
         raise ValueError(
             f"'{file}' is a checkpoint neither of a tokenizer nor of a generator: its "
@@ -158,6 +168,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError as error:
         raise ValueError(f"`device` must be 'auto', 'cpu' or 'cuda', got {name!r}.") from error
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from grn_lightning import __version__
 from grn_lightning.datasets.manifest import write_json
+from grn_lightning.lit.loading import is_stage, open_coarse_to_fine
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.recipes import Recipe, file_hash
 from grn_lightning.pipelines.registry import DEFAULT_FOLDER
 from grn_lightning.pipelines.resolutions import FPS
 from grn_lightning.samplers import RefineConfig, Trace, observers
+from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig
 from grn_lightning.scripts.drawing import DrawnPart, conditions_for, draw_parts, step_bar
 from grn_lightning.scripts.frames import write_sample
 from grn_lightning.scripts.opening import AUTO, Opened, open_drawer
@@ -23,10 +25,12 @@ from grn_lightning.scripts.pictures import new_folder, slug, write_sheet
 from grn_lightning.scripts.records import command_line, environment, now
 from grn_lightning.scripts.requests import SizeRequest, as_asked, read_picture, style_and_task
 from grn_lightning.scripts.runs import choose_device
+from grn_lightning.scripts.sample_stages import conditions_of, draw_stages, refuse_options
 from grn_lightning.scripts.traces import write_traces
 
 _SAMPLES = Path("runs/samples")
 _REFINE = RefineConfig()
+_DRAW = CoarseToFineConfig()
 _FPS = 8.0  # of clips where no published weights say another
 _MAX_ON_SHEET = 64  # more are too many for one look
 
@@ -192,9 +196,46 @@ class _Writer:
         )
 
 
+def _sample_stages(given: dict[str, Any], prompts: Any, class_labels: Any) -> SampleReport:
+    """Draw from stage 1 and stage 2 of coarse-to-fine prediction, or from their baseline."""
+    refuse_options(sample, given, what="coarse-to-fine prediction and its baseline")
+    tokenizer, fine = given["tokenizer"], given["fine"]
+    place = None if tokenizer is None else str(tokenizer)
+    pipeline = open_coarse_to_fine(given["checkpoint"], fine, tokenizer=place)
+    pipeline.to(choose_device(given["device"]))
+    wanted = _repeated(conditions_of(pipeline, prompts, class_labels), given["num_samples"])
+    folder = _folder(given["out"])
+    drawn = draw_stages(
+        pipeline,
+        wanted,
+        folder,
+        config=given["draw"],
+        seed=given["seed"],
+        first_index=given["first_index"],
+        batch_size=given["batch_size"],
+        facts={
+            "command": command_line(sample, given),
+            "checkpoint": str(given["checkpoint"]),
+            "fine": None if fine is None else str(fine),
+            "weights": pipeline.hashes,
+            "date": now(),
+            "environment": environment(pipeline.device),
+        },
+    )
+    shown = drawn.shown[:_MAX_ON_SHEET]
+    return SampleReport(
+        folder=folder,
+        sheet=write_sheet(folder / "sheet", shown, drawn.labels[: len(shown)], fps=_FPS),
+        files=drawn.files,
+        seconds_per_sample=drawn.seconds / len(drawn.files),
+        forwards_per_sample=drawn.num_rows / len(drawn.files),
+    )
+
+
 def sample(
     checkpoint: Path | None = None,
     *,
+    fine: Path | None = None,
     weights: str | None = None,
     weights_folder: Path = DEFAULT_FOLDER,
     prompts: list[str] | str | None = None,
@@ -213,6 +254,7 @@ def sample(
     fps: float | None = None,
     sampling: str = AUTO,
     refine: RefineConfig = _REFINE,
+    draw: CoarseToFineConfig = _DRAW,
     precision: Literal["fp32", "bf16"] = "fp32",
     trace: int = 0,
     batch_size: int = 16,
@@ -228,6 +270,7 @@ def sample(
 
     Args:
         checkpoint: Checkpoint of a generator, the folder of its run, or an export.
+        fine: Stage 2 of coarse-to-fine prediction likewise, if `checkpoint` is its stage 1.
         weights: Name of published weights instead; `grn weights` lists them.
         weights_folder: Where published weights lie, or are downloaded to.
         prompts: Captions, for a text-conditional generator.
@@ -247,7 +290,9 @@ def sample(
         fps: Frames per second of clips; by default 16 for published weights, else 8.
         sampling: Published settings of sampling by name, such as c2i-b; "auto" takes those that
             came with the weights. Fields of `refine` that differ from their defaults beat them.
-        refine: Steps, guidance and temperature.
+        refine: Steps, guidance and temperature of generators that refine.
+        draw: Guidance, temperature and truncation of both stages of coarse-to-fine prediction; the
+            plain baseline is drawn as `draw.coarse`.
         precision: "bf16" computes the generator in bfloat16, as published; pictures are decoded in
             float32.
         trace: So many samples are shown step by step too: an animation of what is filled, kept
@@ -261,6 +306,10 @@ def sample(
     """
     given = dict(locals())
     _check(num_samples, first_index, fps, batch_size, out)
+    if checkpoint is not None and weights is None and is_stage(checkpoint):
+        return _sample_stages(given, _as_list(prompts), _as_list(class_labels))
+    known = [name for name in given if name not in ("fine", "draw")]
+    refuse_options(sample, given, known, what="generators that refine")
     opened = open_drawer(checkpoint, weights, folder=weights_folder, tokenizer=tokenizer)
     pipeline = opened.pipeline.to(choose_device(device))
     conditions = conditions_for(pipeline, _as_list(prompts), _as_list(class_labels))

@@ -1,0 +1,314 @@
+"""A VQ tokenizer, its codes and clusters, both stages and the baseline: through every command."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+import grn_lightning
+from grn_lightning.lit.coarse_to_fine import (
+    LitFine,
+    LitRaster,
+    load_coarse_to_fine,
+    load_stage,
+)
+from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.models.code_transformer import CodeTransformer
+from grn_lightning.models.hashes import weights_hash
+from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
+from grn_lightning.pipelines.reconstruction import Reconstruction, plan_tiles
+from tests.official_files import random_state
+from tests.tiny_runs import (
+    TINY_ENCODER,
+    call_grn,
+    callback,
+    checkpoints,
+    fit,
+    logger,
+    run_config,
+    source,
+    tensors_equal,
+    tokenizer_config,
+)
+
+# 16 x 16 pixels become 2 x 2 positions of one code out of 16.
+VQ = {
+    "codebook_size": 16,
+    "codebook_dim": 3,
+    "width": 32,
+    "width_multipliers": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "feature_width": 8,
+}
+BACKBONE = {"depth": 1, "width": 32, "num_heads": 2, "mlp_width": 32, "dropout": 0.0}
+LABELS, INDEX = torch.tensor([3, 5]), torch.tensor([0, 1])
+
+
+class Chain(NamedTuple):
+    """Folders of one run each, and of what lies between them."""
+
+    tokenizer: Path
+    codes: Path
+    clusters: Path
+    baseline: Path
+    raster: Path
+    fine: Path
+    hbq_raster: Path
+    captioned: Path
+
+
+def train(folder: Path, config: dict[str, Any]) -> Path:
+    config["trainer"]["logger"] = logger("TensorBoardLogger", folder)
+    config["trainer"]["callbacks"] = [callback("EMA", decay=0.5), checkpoints(folder, 3)]
+    config["trainer"]["max_steps"] = 3
+    fit(folder, config)
+    return folder
+
+
+def stage_options(tokenizer: Path, **rest: Any) -> dict[str, Any]:
+    plain = {"backbone": BACKBONE, "tokenizer": str(tokenizer), "grid_size": [2, 2]}
+    return {**plain, "num_classes": 10, **rest}
+
+
+def store(folder: Path, kind: type[LitRaster | LitFine], tokenizer: Path, **rest: Any) -> Path:
+    """Write the checkpoint of a stage with random weights, as Lightning does."""
+    module = kind(**stage_options(tokenizer, **rest))
+    module.configure_model()
+    module.load_state_dict(random_state(module))
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(checkpoint)
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(digits: Path, trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    root = tmp_path_factory.mktemp("chain")
+    images = source(digits, "image", 8)
+    tokenizer = train(
+        root / "vq",
+        tokenizer_config(root, digits, init_args={"tokenizer": VQ}, sources=[images]),
+    )
+    for split in ("train", "val"):
+        call_grn(
+            *("encode", images["path"], "--tokenizer", tokenizer, "--out", root / "codes"),
+            *("--split", split, "--accelerator", "cpu"),
+        )
+    clusters = root / "clusters.safetensors"
+    call_grn(
+        *("cluster", tokenizer, images["path"], "--out", clusters, "--num_clusters", 4),
+        *("--image_size", 16, "--num_restarts", 1, "--device", "cpu"),
+    )
+    baseline = run_config(
+        root / "ar",
+        model="coarse_to_fine.LitRaster",
+        init_args=stage_options(tokenizer, optim={"lr": 1e-2}),
+        sources=[{"path": str(root / "codes"), "media": "image", "batch_size": 8}],
+    )
+    split = {"clusters": str(clusters)}
+    captions: dict[str, Any] = {"num_classes": None, "text_encoder": TINY_ENCODER}
+    hbq = trained.tokenizer
+    return Chain(
+        tokenizer,
+        root / "codes",
+        clusters,
+        train(root / "ar", baseline),
+        store(root / "coarse", LitRaster, tokenizer, split=split),
+        store(root / "fine", LitFine, tokenizer, split=split, fine_mask="sample"),
+        store(root / "hbq", LitRaster, hbq, split={"coarse_rounds": 1}),
+        store(root / "text", LitRaster, hbq, **captions),
+    )
+
+
+# --- the tokenizer alone --------------------------------------------------------------------------
+
+
+def test_a_codebook_is_judged_and_reconstructs_files(chain, digits, tmp_path):
+    run = shutil.copytree(chain.tokenizer, tmp_path / "vq")
+    report = call_grn("evaluate", run, digits / "images", "--device", "cpu")
+    rates = {f.name: f.value for f in report.figures if f.name == "bits/pixel"}
+    assert rates == {"bits/pixel": pytest.approx(4 / 64)}
+    scores = {row["rounds"]: row["scores"]["PSNR"] for row in report.rounds}
+    assert scores.keys() == {0, 1}
+    assert scores[1] == report.figures[0].value != scores[0]
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (20, 13), (200, 30, 90)).save(picture)
+    done = call_grn(
+        "reconstruct", picture, "--tokenizer", run, "--out", tmp_path / "out", "--device", "cpu"
+    )
+    (file,) = done.files
+    assert file.num_bits == 3 * 2 * 4  # 24 x 16 pixels, 4 bits of a position
+    with Image.open(file.out) as rebuilt:
+        assert rebuilt.size == (20, 13)
+    with pytest.raises(ValueError, match="`rounds` must be left out: .* have no rounds"):
+        Reconstruction(load_tokenizer(run), plan_tiles(16, 16, stride=8), num_rounds=2)
+
+
+def test_stored_codes_are_those_of_the_tokenizer(chain, digits):
+    facts = json.loads((chain.codes / "train.codes.json").read_text())
+    tokenizer = load_tokenizer(chain.tokenizer)
+    assert facts["bits_per_pixel"] == pytest.approx(4 / 64)
+    stage = load_stage(chain.baseline)
+    assert stage.tokenizer_hash == weights_hash(tokenizer)
+    assert stage.network.config.output_size == 16
+
+
+# --- exports --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def exports(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of the chain's runs as exports in one folder, the codebook with them."""
+    folder = tmp_path_factory.mktemp("exports")
+    for name in ("tokenizer", "baseline", "raster", "fine"):
+        call_grn("export", getattr(chain, name), "--out", folder / name)
+    return folder
+
+
+def same_draws(first: Any, second: Any) -> bool:
+    drawn = [pipeline.draw(LABELS, INDEX) for pipeline in (first, second)]
+    return torch.equal(drawn[0].codes, drawn[1].codes) and drawn[0].clips.equal(drawn[1].clips)
+
+
+def test_exports_draw_what_their_runs_draw(chain, exports):
+    runs = load_coarse_to_fine(chain.raster, chain.fine)
+    both = grn_lightning.load(exports / "raster", fine=exports / "fine")
+    assert isinstance(both, CoarseToFinePipeline)
+    assert both.fine_mask == "sample"
+    assert both.hashes == runs.hashes
+    assert same_draws(runs, both)
+    assert same_draws(runs, grn_lightning.load(chain.raster, fine=exports / "fine"))
+    plain = grn_lightning.load(exports / "baseline")
+    assert same_draws(load_coarse_to_fine(chain.baseline), plain)
+    assert same_draws(grn_lightning.load(chain.baseline), plain)
+
+
+def test_a_stage_alone_is_a_network(chain, exports):
+    for name in ("raster", "fine"):
+        alone = grn_lightning.load(exports / name)
+        assert isinstance(alone, CodeTransformer)
+        of_run = grn_lightning.load(getattr(chain, name))
+        assert tensors_equal(alone.state_dict(), of_run.state_dict())
+
+
+def test_stages_that_do_not_belong_together_are_refused(chain, exports, digits, tmp_path):
+    with pytest.raises(ValueError, match="is a plain baseline, which has no stage 2"):
+        grn_lightning.load(exports / "baseline", fine=exports / "fine")
+    with pytest.raises(ValueError, match="stage 1 must be causal and stage 2 not"):
+        grn_lightning.load(exports / "raster", fine=exports / "baseline")
+    other = tmp_path / "clusters.safetensors"
+    call_grn(
+        *("cluster", chain.tokenizer, digits / "images", "--out", other, "--num_clusters", 4),
+        *("--image_size", 16, "--num_restarts", 1, "--seed", 3, "--device", "cpu"),
+    )
+    split = {"clusters": str(other)}
+    folder = store(tmp_path / "other", LitFine, chain.tokenizer, split=split)
+    with pytest.raises(ValueError, match="both stages must have one split"):
+        grn_lightning.load(exports / "raster", fine=folder)
+
+
+def test_prefixes_and_captions_are_exported_too(chain, trained, tmp_path):
+    call_grn("export", trained.tokenizer, "--out", tmp_path / "hbq")
+    call_grn("export", chain.hbq_raster, "--out", tmp_path / "raster")
+    split = json.loads((tmp_path / "raster.json").read_text())["config"]["split"]
+    assert split["kind"] == "prefix"
+    assert split["coarse_rounds"] == 1
+    call_grn("export", chain.captioned, "--out", tmp_path / "text")
+    ours, run = grn_lightning.load(tmp_path / "text"), grn_lightning.load(chain.captioned)
+    assert isinstance(ours, CoarseToFinePipeline)
+    prompts = {"captions": ["the digit one", "the digit two"]}
+    drawn = [p.draw(p.condition(prompts), INDEX).codes for p in (ours, run)]
+    assert torch.equal(*drawn)
+
+
+def test_the_baseline_becomes_an_official_file_and_stage_2_does_not(exports, tmp_path, capsys):
+    call_grn("convert", exports / "baseline", "--to", "official", "--out", tmp_path / "ar.pt")
+    stored = torch.load(tmp_path / "ar.pt", weights_only=True)["model"]
+    assert tensors_equal(stored, grn_lightning.load(exports / "baseline").coarse.state_dict())
+    with pytest.raises(SystemExit):
+        call_grn("convert", exports / "fine", "--to", "official", "--out", tmp_path / "fine.pt")
+    assert "bidirectional, captioned or many-channelled" in capsys.readouterr().err
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def pixels(file: Path) -> bytes:
+    with Image.open(file) as picture:
+        return picture.tobytes()
+
+
+def draw(chain: Chain, out: Path, *args: Any) -> Any:
+    stages = (chain.raster, "--fine", chain.fine)
+    return call_grn("sample", *stages, "--out", out, "--device", "cpu", *args)
+
+
+def test_samples_are_the_pictures_of_the_stages_whatever_the_batch(chain, tmp_path):
+    options = ["--class_labels", "[3, 5]", "--num_samples", 2, "--seed", 4]
+    warm = ["--draw.coarse.guidance_scale", 2, "--draw.fine.temperature", 0.5]
+    report = draw(chain, tmp_path / "a", *options, *warm)
+    assert [file.name for file in report.files] == [
+        "00000-class-3.png",
+        "00001-class-3.png",
+        "00002-class-5.png",
+        "00003-class-5.png",
+    ]
+    assert report.forwards_per_sample == 4 * 2 + 1
+    assert report.sheet.is_file()
+    told = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert told["draw"]["coarse"]["guidance_scale"] == 2
+    assert "--draw.fine.temperature=0.5" in told["command"]
+    assert told["weights"].keys() == {"coarse", "fine", "tokenizer"}
+    assert len(told["samples"]) == 4
+    one = ["--class_labels", 5, "--first_index", 3, "--seed", 4, "--batch_size", 1]
+    again = draw(chain, tmp_path / "b", *one, *warm)
+    assert pixels(again.files[0]) == pixels(report.files[3])
+    assert pixels(report.files[0]) != pixels(report.files[1])
+
+
+def test_the_baseline_and_captions_are_drawn_from(chain, exports, tmp_path):
+    report = call_grn(
+        *("sample", exports / "baseline", "--class_labels", 7, "--out", tmp_path / "a"),
+        *("--device", "cpu"),
+    )
+    assert report.forwards_per_sample == 4
+    report = call_grn(
+        *("sample", chain.captioned, "--prompts", '["the digit two"]', "--out", tmp_path / "b"),
+        *("--device", "cpu"),
+    )
+    assert report.files[0].name == "00000-the-digit-two.png"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--class_labels", 3, "--refine.num_steps", 3], "`--refine` must be left out"),
+        (["--class_labels", 3, "--preset", "1M"], "`--preset` must be left out"),
+        (["--prompts", "two"], "draw 10 classes"),
+        (["--class_labels", 10], r"must be in \[0, 10\), got \[10\]"),
+        (["--class_labels", 3, "--draw.coarse.top_p", 0], "top_p must be in"),
+    ],
+)
+def test_what_stages_do_not_know_is_refused(options, match, chain, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        draw(chain, tmp_path / "x", *options)
+    assert stop.value.code == 2
+    assert re.search(match, capsys.readouterr().err)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_refining_generators_do_not_know_is_refused(chain, trained, tmp_path, capsys):
+    where = ("--class_labels", 3, "--out", tmp_path / "x", "--device", "cpu")
+    with pytest.raises(SystemExit):
+        call_grn("sample", trained.classes, "--fine", chain.fine, *where)
+    assert "`--fine` must be left out for generators that refine" in capsys.readouterr().err
+    for command in (("evaluate", chain.raster, chain.codes), ("check", chain.raster)):
+        with pytest.raises(SystemExit):
+            call_grn(*command)
+        assert "is a stage of coarse-to-fine prediction" in capsys.readouterr().err
