@@ -42,6 +42,7 @@ TOOLS = {
     "export": "write a trained network as one safetensors file and one JSON",
     "convert": "turn published weights into an export, and back",
     "bench quantizers": "train HBQ and its alternatives at equal bits, and compare them",
+    "bench generators": "train plain, coarse-to-fine and refining generators, and compare them",
     "report": "write a self-contained HTML report of trained runs",
 }
 

@@ -56,7 +56,7 @@ class Pace(L.Callback):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Lightning's words about every trainer off the progress bar; warnings remain."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -87,7 +87,7 @@ class BriefTraining:
     def fit(self, module: L.LightningModule, data: L.LightningDataModule, bar: tqdm) -> Pace:
         """Train a module, and leave it with averaged weights; a bar moves at every update."""
         pace, average = Pace(bar), EMA(self.ema_decay)
-        with _quiet():
+        with quiet():
             trainer = L.Trainer(
                 accelerator=choose_device(self.device).type,
                 devices=1,
