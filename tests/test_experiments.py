@@ -1,5 +1,6 @@
 """Every experiment parses by the command line's own parser, and its parts fit one another."""
 
+import math
 import re
 from importlib import import_module
 from pathlib import Path
@@ -10,18 +11,21 @@ import torch
 import yaml
 
 from grn_lightning.cli import main
-from grn_lightning.lit import code_stage
+from grn_lightning.lit import coarse_to_fine, code_stage
+from grn_lightning.lit.coarse_to_fine import LitFine, LitRaster
 from grn_lightning.lit.data import ShardData
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.lit.tokenizer import LitTokenizer
+from grn_lightning.models.clusters import Clusters, ClustersInfo
 from grn_lightning.models.grn_class import GRNClassConfig
-from grn_lightning.models.tokenizer import HBQTokenizer, TokenizerConfig
+from grn_lightning.models.tokenizers import AnyTokenizerConfig, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "experiments" / "_base" / "cpu.yaml"
 DIGITS = ROOT / "experiments" / "tokenizer" / "digits.yaml"
 RUNS = [p for p in sorted((ROOT / "experiments").rglob("*.yaml")) if p.parent.name != "_base"]
 GENERATORS = [path for path in RUNS if "LitGenerator" in path.read_text(encoding="utf-8")]
+STAGES = [path for path in RUNS if path.parent.name == "ctf"]
 TOKENIZERS = [path for path in RUNS if path.parent.name == "tokenizer"]
 
 
@@ -70,7 +74,7 @@ def _run_name(path: Path) -> str:
     return f"{logger['save_dir']}/{logger['name']}"
 
 
-def _tokenizer_of(run: str) -> TokenizerConfig:
+def _tokenizer_of(run: str) -> AnyTokenizerConfig:
     """Return what the experiment that makes the run trains."""
     (path,) = (path for path in RUNS if _run_name(path) == run)
     experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -81,9 +85,29 @@ def _tokenizer_of(run: str) -> TokenizerConfig:
 def _weightless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give generators a tokenizer of the right kind that nobody has trained."""
     monkeypatch.setattr(
-        code_stage, "load_tokenizer", lambda path: HBQTokenizer(_tokenizer_of(path))
+        code_stage, "load_tokenizer", lambda path: build_tokenizer(_tokenizer_of(path))
     )
     monkeypatch.setattr(code_stage, "weights_hash", lambda module: "none")
+    monkeypatch.setattr(coarse_to_fine, "read_clusters", lambda path, **_: _FewClusters(path))
+
+
+class _FewClusters(Clusters):
+    """Clusters that nobody has made, as many as the name of their file says."""
+
+    def __init__(self, path: str) -> None:
+        tokenizer, count = re.fullmatch(r"runs/clusters/(.*)-k(\d+)\.safetensors", path).groups()
+        codes = _tokenizer_of(f"runs/tokenizer-{tokenizer}").alphabet_size
+        with torch.device("cpu"):
+            super().__init__(
+                info=ClustersInfo(kind="codewords", tokenizer_hash="none"),
+                centroids=torch.zeros(int(count), 1),
+                sizes=torch.zeros(int(count)),
+                cluster_of=torch.arange(codes) % int(count),
+            )
+
+    def split(self) -> Any:
+        with torch.device("cpu"):
+            return super().split()
 
 
 # --- every experiment -----------------------------------------------------------------------------
@@ -122,6 +146,39 @@ def test_the_data_of_a_generator_are_what_it_asks_for(path: Path) -> None:
         assert data.num_classes == model.generator_config.num_classes
     else:
         assert data.with_captions
+
+
+@pytest.mark.usefixtures("_weightless")
+@pytest.mark.parametrize("path", STAGES, ids=_name)
+def test_the_data_of_a_stage_are_what_it_asks_for_and_its_first_loss_is_announced(
+    path: Path,
+) -> None:
+    text = path.read_text(encoding="utf-8")
+    experiment = yaml.safe_load(text)
+    model, data = _instantiate(experiment["model"]), _instantiate(experiment["data"])
+    assert isinstance(model, LitRaster | LitFine)
+    tokenizer = _tokenizer_of(model.tokenizer_path)
+    assert tokenizer.latent_shape(1, *data.image_size)[2:] == model.grid_size
+    assert data.with_classes
+    assert data.num_classes == model.num_classes
+    with torch.device("meta"):
+        model.configure_model()
+    config = model.network.config
+    if isinstance(model, LitRaster):
+        bits = config.output_channels * math.log2(config.output_size)
+        told = (f"starts at {bits:g}.", f"First loss {bits * math.log(2):.2f} nats")
+        assert any(one in text for one in told)
+
+
+def test_both_stages_of_a_pair_have_one_split() -> None:
+    splits: dict[str, set[str]] = {}
+    for path in STAGES:
+        found = yaml.safe_load(path.read_text())["model"]["init_args"]
+        if "split" in found:
+            pair = re.sub("_(coarse|fine)|^(coarse|fine)_(b|l|xl)", "", path.stem)
+            splits.setdefault(pair, set()).add(f"{found['tokenizer']} {found['split']}")
+    assert splits.keys() == {"_256", "digits_vq", "digits_hbq1", "digits_hbq2"}
+    assert all(len(found) == 1 for found in splits.values())
 
 
 @pytest.mark.parametrize("path", TOKENIZERS, ids=_name)
