@@ -110,6 +110,8 @@ def _allowed(complaint: Complaint, options: Sequence[str]) -> list[str]:
 
 def _hint(name: str, allowed: Iterable[str]) -> str:
     known = list(allowed)
+    if name in known:
+        return f"'{name}' is given without a name: its value alone."
     if near := get_close_matches(name, known, n=1):
         return f"did you mean '{near[0]}'?"
     if len(known) <= _FEW:

@@ -250,6 +250,11 @@ def test_a_tool_answers_in_the_same_words(capsys, tmp_path, args, answer):
     assert not (tmp_path / "set").exists()
 
 
+def test_what_has_no_option_is_given_alone(capsys):
+    told = refusal(capsys, "weights", "--folder", "x")
+    assert told == "unknown key 'folder'; 'folder' is given without a name: its value alone."
+
+
 def test_a_tool_names_its_missing_argument(capsys):
     assert refusal(capsys, "digits") == "target must be given."
 

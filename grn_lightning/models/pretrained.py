@@ -314,6 +314,8 @@ class Pretrained:
 
     def _config(self, kind: type[ConfigT], data: dict[str, Any]) -> ConfigT:
         # JSON has lists where configurations have tuples.
+        if not isinstance(data, dict):
+            raise ValueError(f"'{self.file}': no {kind.__name__}: {data!r}.")
         data = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
         try:
             return kind(**data)
@@ -371,7 +373,10 @@ class Pretrained:
         config = self._config(TextEncoderConfig, data)
         encoder = build_text_encoder(config)
         if tensors := select(self.tensors, "text_encoder"):
-            encoder.load_state_dict(tensors)
+            try:
+                encoder.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise ValueError(f"'{self.file}' does not describe its tensors: {error}") from error
         elif (found := weights_hash(encoder)) != self.info.get("text_encoder_hash", found):
             raise ValueError(
                 f"'{self.file}' was trained with text encoder {self.info['text_encoder_hash']}, "

@@ -141,9 +141,10 @@ def _whole_settings(
     ]
     told: dict[str, Any] = {}
     if isinstance(module, CodeStage) and "with_classes" not in settings:
-        told = {"with_classes": True, "num_classes": module.null_class}
         if module.is_text:
             told = {"with_captions": "with_text_features" not in settings}
+        else:
+            told = {"with_classes": True, "num_classes": module.null_class}
     return {**told, **settings, "sources": sources}
 
 

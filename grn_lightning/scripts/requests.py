@@ -45,6 +45,10 @@ class SizeRequest:
     image_size: int | tuple[int, int] | None
 
     def _check(self) -> None:
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        for name, value in (("num_frames", self.num_frames), *(("image_size", x) for x in sides)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.seconds is not None and self.num_frames is not None:
             raise ValueError("give either `--seconds` or `--num_frames`, not both.")
         if self.image_size is not None and (self.preset or self.aspect):

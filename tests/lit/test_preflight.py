@@ -453,6 +453,19 @@ def test_a_run_with_another_tokenizer_is_told_both_hashes(digits, generator_runs
     assert "the checkpoint was trained on codes of tokenizer" in said
 
 
+def test_an_export_is_checked_on_shards(digits, generator_runs, tokenizer_run, tmp_path):
+    call_grn("export", tokenizer_run, "--out", tmp_path / "tokenizer")
+    for kind, run in generator_runs.items():
+        call_grn("export", run, "--out", tmp_path / kind)
+        shards = digits / ("clips" if kind == "text" else "images")
+        report = call_grn("check", tmp_path / kind, "--data", shards)
+        assert report.is_fine, str(report)
+        assert found(report, "data") == Finding("data", Status.OK, str(shards))
+    with pytest.raises(SystemExit) as stop:
+        call_grn("check", tmp_path / "tokenizer", "--num_samples", 0)
+    assert stop.value.code == 2
+
+
 def test_made_up_samples_stand_in_for_data_that_is_gone(generator_runs, tokenizer_run, monkeypatch):
     from grn_lightning.scripts import check
 

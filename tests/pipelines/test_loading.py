@@ -118,3 +118,6 @@ def test_recommended_settings_are_those_of_the_export(tokenizer, tmp_path):
     assert grn_lightning.load(tmp_path / "y", tokenizer).sampling == RefineConfig(num_steps=7)
     with pytest.raises(ValueError, match="no settings of sampling: .*num_leaps"):
         grn_lightning.load(tmp_path / "z", tokenizer)
+    write(tmp_path / "w", CLASS, sampling=[1])
+    with pytest.raises(ValueError, match=r"w.json': no settings of sampling: \[1\]"):
+        grn_lightning.load(tmp_path / "w", tokenizer)

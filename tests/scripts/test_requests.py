@@ -57,6 +57,9 @@ def test_a_size_is_asked_for_or_usual(
 @pytest.mark.parametrize(
     ("weights", "asked", "match"),
     [
+        (None, {"num_frames": 0}, "`num_frames` must be at least 1, got 0"),
+        (None, {"num_frames": 1, "image_size": 0}, "`image_size` must be at least 1, got 0"),
+        (None, {"num_frames": 1, "image_size": (8, -8)}, "`image_size` must .* 1, got -8"),
         (None, {"seconds": 1, "num_frames": 5}, "either `--seconds` or `--num_frames`"),
         (None, {"preset": "1M", "image_size": 64}, "either `--preset` .* or `--image_size`"),
         (None, {"aspect": "1:1", "seconds": 1}, "`--aspect` needs a resolution: `--preset`"),
