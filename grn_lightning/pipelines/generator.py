@@ -373,7 +373,7 @@ class GeneratorPipeline:
         stride = self.tokenizer.config.spatial_stride
         size = (1, config.grid_size[0] * stride, config.grid_size[1] * stride)
         condition = self.condition({"class_labels": class_labels})
-        return self.draw(condition, self._numbers(len(class_labels)), size=size, **options)
+        return self.draw(condition, size=size, **self._numbers(len(class_labels)) | options)
 
     def draw_text(
         self,
@@ -391,11 +391,14 @@ class GeneratorPipeline:
             size: Frames (1 for pictures), height and width in pixels.
             pictures: First frames, uint8 `(3, h, w)`; one per prompt, or one for all.
             negative_prompt: What guidance steers away from; by default what `styles` says.
-            options: As in `draw`.
+            options: As in `draw`; samples are numbered from 0 on where there is no `sample_index`.
 
         Raises:
-            ValueError: If the generator draws from classes, or as in `draw`.
+            ValueError: If the generator draws from classes, no list of prompts is given, or as in
+                `draw`.
         """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"`prompts` must be a list of one text or more, got {prompts!r}.")
         if not self.is_text:
             raise ValueError("this generator draws from classes; use `draw_classes`.")
         style = self.style(size[0], has_first_frame=pictures is not None)
@@ -407,10 +410,11 @@ class GeneratorPipeline:
             first_frame = self.first_frame(pictures, size=size[1:])
             condition = with_first_frame(condition, first_frame)
         numbers = self._numbers(len(prompts))
-        return self.draw(condition, numbers, size=size, null_condition=null, **options)
+        return self.draw(condition, size=size, **numbers | {"null_condition": null} | options)
 
-    def _numbers(self, count: int) -> Tensor:
-        return torch.arange(count, device=self.device)
+    def _numbers(self, count: int) -> dict[str, Any]:
+        """Number the samples from 0 on, for who gives no `sample_index`."""
+        return {"sample_index": torch.arange(count, device=self.device)}
 
 
 def _later_frames(grid: tuple[int, ...]) -> tuple[int, ...]:

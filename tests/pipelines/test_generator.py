@@ -279,6 +279,11 @@ def test_classes_are_drawn_at_the_generator_s_own_size(build: Build) -> None:
     assert [asked[2].tolist() for asked in spy.asked] == [[3, 9, 10, 10]] * 4
     with pytest.raises(ValueError, match=r"in \[0, 10\), got \[-1, 10\]"):
         pipeline.draw_classes([3, -1, 10])
+    numbered = pipeline.draw_classes([9], sample_index=torch.tensor([1]), seed=1)
+    assert numbered.elements.equal(drawn.elements[1:])
+    for prompts in ("a boat", []):
+        with pytest.raises(ValueError, match="`prompts` must be a list of one text or more, got"):
+            build().draw_text(prompts, size=(1, 16, 16))
     with pytest.raises(ValueError, match="use `draw_classes`"):
         pipeline.draw_text(["x"], size=(1, 16, 16))
     with pytest.raises(ValueError, match="use `draw_text`"):
