@@ -196,8 +196,22 @@ class _Writer:
         )
 
 
-def _sample_stages(given: dict[str, Any], prompts: Any, class_labels: Any) -> SampleReport:
+def _are_stages(given: dict[str, Any]) -> bool:
+    """Whether to draw from coarse-to-fine prediction; if not, refuse what only that knows."""
+    if (
+        given["checkpoint"] is not None
+        and given["weights"] is None
+        and is_stage(given["checkpoint"])
+    ):
+        return True
+    known = [name for name in given if name not in ("fine", "draw")]
+    refuse_options(sample, given, known, what="generators that refine")
+    return False
+
+
+def _sample_stages(given: dict[str, Any]) -> SampleReport:
     """Draw from stage 1 and stage 2 of coarse-to-fine prediction, or from their baseline."""
+    prompts, class_labels = _as_list(given["prompts"]), _as_list(given["class_labels"])
     refuse_options(sample, given, what="coarse-to-fine prediction and its baseline")
     tokenizer, fine = given["tokenizer"], given["fine"]
     place = None if tokenizer is None else str(tokenizer)
@@ -306,10 +320,8 @@ def sample(
     """
     given = dict(locals())
     _check(num_samples, first_index, fps, batch_size, out)
-    if checkpoint is not None and weights is None and is_stage(checkpoint):
-        return _sample_stages(given, _as_list(prompts), _as_list(class_labels))
-    known = [name for name in given if name not in ("fine", "draw")]
-    refuse_options(sample, given, known, what="generators that refine")
+    if _are_stages(given):
+        return _sample_stages(given)
     opened = open_drawer(checkpoint, weights, folder=weights_folder, tokenizer=tokenizer)
     pipeline = opened.pipeline.to(choose_device(device))
     conditions = conditions_for(pipeline, _as_list(prompts), _as_list(class_labels))
@@ -319,16 +331,14 @@ def sample(
     size = request.resolve(opened, fps=fps, picture=picture)
     style, task = style_and_task(pipeline, size, has_first_frame=picture is not None)
     refine = opened.sampling(sampling, refine, task)
-    negative = style.negative if negative_prompt is None else negative_prompt
     wanted = _repeated(conditions, num_samples)
     labels = _labels(wanted)
     asked = as_asked(wanted, pipeline, style=style, picture=picture, size=size)
     pipeline.autocast = torch.bfloat16 if precision == "bf16" else None
-
     first = Recipe(
         **opened.recipe(tokenizer),
         condition={},
-        negative_prompt=negative,
+        negative_prompt=style.negative if negative_prompt is None else negative_prompt,
         sample_index=first_index,
         seed=seed,
         size=size,
@@ -353,7 +363,7 @@ def sample(
             seed=seed,
             batch_size=batch_size,
             observer=observers(bar, steps) if trace else bar,
-            negative_prompt=negative,
+            negative_prompt=first.negative_prompt,
             decode=False,
         ):
             writer.write(part, pipeline)
