@@ -227,18 +227,6 @@ class _PredictionStage(CodeStage):
         self.val_bits.update(_bits(token_cross_entropy(logits, targets), targets), batch["weights"])
         self.val_accuracy.update(token_accuracy(logits, targets), batch["weights"])
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over all devices."""
-        self._log_judgement("val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Judge as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log as in validation, under `test/`."""
-        self._log_judgement("test")
-
     def _log_judgement(self, prefix: str) -> None:
         self.log(f"{prefix}/bits_per_position", self.val_bits.compute(), prog_bar=True)
         self.log(f"{prefix}/accuracy", self.val_accuracy.compute())

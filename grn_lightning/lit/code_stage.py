@@ -189,6 +189,28 @@ class CodeStage(StageModule):
         pairs = zip(values, dropped.tolist(), strict=True)
         return ["" if is_dropped else caption for caption, is_dropped in pairs]
 
+    # --- judging ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Judge held-out samples; padding has weight 0."""
+
+    @abstractmethod
+    def _log_judgement(self, prefix: str) -> None:
+        """Log the means over all devices, and forget them."""
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all devices."""
+        self._log_judgement("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Judge as in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log as in validation, under `test/`."""
+        self._log_judgement("test")
+
     # --- noise ------------------------------------------------------------------------------------
 
     def _uniform(self, sample_index: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:

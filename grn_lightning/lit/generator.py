@@ -268,18 +268,6 @@ class LitGenerator(CodeStage):
         loss = token_cross_entropy(logits, x_1)
         self.val_accuracy.update(loss, token_accuracy(logits, x_1), t, batch["weights"])
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over all devices."""
-        self._log_judgement("val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Judge as in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log as in validation, under `test/`."""
-        self._log_judgement("test")
-
     def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
         """Draw samples for held-out conditions, those that `prediction` asks for."""
         missing = self.prediction.missing(batch)
