@@ -358,6 +358,7 @@ def convert_official(
         info["config"]["text_encoder"] = text_encoder
     if kind == "generator":
         info["tokenizer_hash"] = None if tokenizer is None else tokenizer.weights_hash
+        info["tokenizer_config"] = None if tokenizer is None else tokenizer.config
     info["converted_from"] = {"file": source.path.name, "layout": source.layout}
     return Conversion(source, guess, write_pretrained(out, {kind: network}, info))
 

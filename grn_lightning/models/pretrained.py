@@ -385,7 +385,15 @@ class Pretrained:
         return encoder.eval().requires_grad_(False)
 
     def tokenizer_beside(self) -> Path | None:
-        """Return the export in the same folder that is the tokenizer of this generator."""
+        """Return the export in the same folder that is the tokenizer of this generator.
+
+        Equal weights can lie there with other switches, such as attention that is bypassed; then
+        it is the one with the switches that the generator was converted with.
+
+        Raises:
+            ValueError: If there are several, and nobody noted which.
+        """
+        found: list[tuple[Path, Any]] = []
         for file in sorted(self.file.parent.glob("*.json")):
             if self.tokenizer_hash is None or file == self.file or not is_export(file):
                 continue
@@ -394,5 +402,13 @@ class Pretrained:
             except ValueError:  # another's JSON
                 continue
             if (info["kind"], info.get("tokenizer_hash")) == ("tokenizer", self.tokenizer_hash):
-                return file
-        return None
+                found.append((file, info["config"]["tokenizer"]))
+        noted = self.info.get("tokenizer_config")
+        found = [pair for pair in found if pair[1] == noted] or found
+        if any(config != found[0][1] for _, config in found):
+            names = " and ".join(f"'{file}'" for file, _ in found)
+            raise ValueError(
+                f"{names} have the weights of the tokenizer of '{self.file}', but differ in their "
+                "settings; give one of them as `tokenizer`."
+            )
+        return found[0][0] if found else None

@@ -46,7 +46,7 @@ class LonePipeline(GeneratorPipeline):
         if self._tokenizer_or_none is None:
             raise ValueError(
                 "this generator was loaded without its tokenizer, which nothing here can replace; "
-                "give it to `grn_lightning.load` as `tokenizer`."
+                "give it to `grn_lightning.load` as `tokenizer`, or to a command as `--tokenizer`."
             )
         return self._tokenizer_or_none
 
@@ -82,8 +82,9 @@ class LonePipeline(GeneratorPipeline):
         """
         if self.is_text and self.text_encoder is None:
             raise ValueError(
-                "this generator was loaded without its text encoder; give its configuration to "
-                "`grn_lightning.load` as `text_encoder`, or pass text features as the condition."
+                "this generator was loaded without its text encoder; name it to `grn convert` as "
+                "`--text_encoder`, give its configuration to `grn_lightning.load` as "
+                "`text_encoder`, or pass text features as the condition."
             )
         return super().condition(batch)
 

@@ -293,6 +293,21 @@ def test_the_tokenizer_is_found_in_the_same_folder_by_its_hash(tmp_path):
         assert read_pretrained(tmp_path / name).tokenizer_beside() is None
 
 
+def test_of_equal_tokenizers_the_one_with_the_noted_settings_is_found(tmp_path):
+    tokenizer = write(tmp_path / "tokenizer", "tokenizer")
+    bypassed = dataclasses.replace(TOKENIZER, use_mid_attention=not TOKENIZER.use_mid_attention)
+    info = {"kind": "tokenizer", "config": {"tokenizer": bypassed}}
+    write_pretrained(tmp_path / "bypassed", {"tokenizer": tokenizer}, info)
+    noted = {"tokenizer_hash": weights_hash(tokenizer)}
+    write(tmp_path / "unsure", "class", **noted)
+    for name, config in (("tokenizer", TOKENIZER), ("bypassed", bypassed)):
+        write(tmp_path / f"sure-{name}", "class", **noted, tokenizer_config=config)
+        found = read_pretrained(tmp_path / f"sure-{name}").tokenizer_beside()
+        assert found == export_files(tmp_path / name).info
+    with pytest.raises(ValueError, match="bypassed.json' and '.*tokenizer.json' have the weights"):
+        read_pretrained(tmp_path / "unsure").tokenizer_beside()
+
+
 def test_hashes_are_short_hexadecimal_numbers(tmp_path):
     write(tmp_path / "x", "tokenizer")
     info = json.loads((tmp_path / "x.json").read_text())
