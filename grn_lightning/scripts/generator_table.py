@@ -157,6 +157,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     Hues are tokenizers; a paler part is stage 2, or decoding. A dark tick is the tokenizer's bound.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = list(reversed(rows))
     figure = Figure(figsize=(14, 0.5 * len(rows) + 1.6), layout="constrained")
@@ -182,4 +183,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25, linewidth=0.6, axis="x")
         axes.spines[["top", "right"]].set_visible(False)
+    names = dict.fromkeys(row.results[0].plan["tokenizer"] for row in rows)
+    patches = [Patch(color=_HUES[name], alpha=0.7, label=f"codes of {name}") for name in names]
+    figure.legend(handles=patches, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(file, format="png", dpi=120)
