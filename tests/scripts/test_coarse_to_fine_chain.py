@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ from tests.tiny_runs import (
     tensors_equal,
     tokenizer_config,
 )
+
+ROOT = Path(__file__).parents[2]
 
 # 16 x 16 pixels become 2 x 2 positions of one code out of 16.
 VQ = {
@@ -312,3 +315,67 @@ def test_what_refining_generators_do_not_know_is_refused(chain, trained, tmp_pat
         with pytest.raises(SystemExit):
             call_grn(*command)
         assert "is a stage of coarse-to-fine prediction" in capsys.readouterr().err
+
+
+# --- the lesson -----------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGE = (ROOT / "docs" / "ctf.md").read_text(encoding="utf-8")
+SMALLER = {
+    "--num_clusters 128": "--num_clusters 4 --num_restarts 1",
+    "--num_clusters 64": "--num_clusters 3 --num_restarts 1",
+    "--image_size 32": "--image_size 16",
+    "--num_samples 4": "--num_samples 1",
+    "--class_labels 207": "--class_labels 2",
+}
+
+
+def lay_out(chain: Chain, hbq: Path, digits: Path) -> None:
+    """What the page finds around it, in the folder where it is walked."""
+    for name, folder in (
+        ("tokenizer-digits", hbq),
+        ("tokenizer-digits-vq", chain.tokenizer),
+        ("ctf-digits-vq-coarse", chain.raster),
+        ("ctf-digits-vq-fine", chain.fine),
+        ("ctf-digits-vq-baseline", chain.baseline),
+    ):
+        shutil.copytree(folder, Path("runs", name))
+    shutil.copytree(digits, "data/digits")
+    shutil.copytree(ROOT / "experiments", "experiments")
+    Path("weights").mkdir()
+    tokenizer, stage = load_tokenizer(chain.tokenizer), load_stage(chain.baseline)
+    torch.save({"model": tokenizer.state_dict()}, "weights/vq_ds16_c2i.pt")
+    table = torch.zeros(1 + 4, 8, 2)
+    torch.save({"model": stage.network.state_dict() | {"freqs_cis": table}}, "weights/c2i_B_256.pt")
+
+
+def test_the_lesson_can_be_walked(chain, trained, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lay_out(chain, trained.tokenizer, digits)
+    said: dict[str, Any] = {}
+    for language, text in BLOCK.findall(PAGE):
+        if language == "python":
+            exec(text, said)
+        for line in text.replace("\\\n", " ").splitlines() if not language else ():
+            for long, short in SMALLER.items():
+                line = line.replace(long, short)
+            words = shlex.split(line)
+            assert words[0] == "grn"
+            if words[1] == "fit":  # trained for minutes; that it resolves is enough here
+                with pytest.raises(SystemExit) as stop:
+                    call_grn(*words[1:], "--print_config")
+                assert stop.value.code == 0
+            else:
+                call_grn(*words[1:])
+    assert said["drawn"].clips.shape == (2, 3, 1, 16, 16)
+    assert len(list(Path("runs/lesson/ctf").glob("0*.png"))) == 2
+    back = torch.load("weights/back.pt", weights_only=True)["model"]
+    assert tensors_equal(back, load_stage(chain.baseline).network.state_dict())
+    for split in ("clusters/digits-vq-k128", "clusters/digits-hbq-k64"):
+        assert Path("runs", split).with_suffix(".safetensors").is_file()
+
+
+def test_what_the_lesson_names_exists():
+    for file in set(re.findall(r"(?:experiments/[\w/]+\.yaml|images/[\w-]+\.png)", PAGE)):
+        folder = ROOT if file.startswith("experiments") else ROOT / "docs"
+        assert (folder / file).is_file(), file
