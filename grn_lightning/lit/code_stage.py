@@ -6,6 +6,7 @@ of (seed, running number of the sample).
 """
 
 from abc import abstractmethod
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -123,6 +124,7 @@ class CodeStage(StageModule):
         """Store the count and which tokenizer the codes come from."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["tokenizer_hash"] = self.tokenizer_hash
+        checkpoint["tokenizer_config"] = asdict(self.tokenizer.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the count; refuse another tokenizer.

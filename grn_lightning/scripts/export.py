@@ -93,7 +93,9 @@ def export(
         modules = {"generator": _generator(config["generator"], select(state, "generator"))}
         info["sampling"] = sampling or _calibrated(run)
     if run.stage != "tokenizer":
-        info["tokenizer_hash"] = read_checkpoint(run.checkpoint)["tokenizer_hash"]
+        stored = read_checkpoint(run.checkpoint)
+        info["tokenizer_hash"] = stored["tokenizer_hash"]
+        info["tokenizer_config"] = stored.get("tokenizer_config")
         if config.get("text_encoder") is not None:
             _add_text_encoder(modules, info, select(state, "text_encoder"))
     info["training"]["weights"] = weights
