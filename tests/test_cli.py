@@ -93,7 +93,11 @@ def test_an_unknown_command_is_answered_with_a_hint(capsys, name, hint):
     [
         ("model.init_args.optim.lrr", "'model.optim.lrr'; did you mean 'lr'?"),
         ("model.optimm.lr", "'model.optimm.lr'; did you mean 'optim'?"),
-        ("model.zzz", "'model.zzz'; known are tokenizer, loss, adversarial, optim, procedure, init_from, seed."),
+        (
+            "model.zzz",
+            "'model.zzz'; known are tokenizer, loss, adversarial, optim, "
+            "procedure, init_from, seed.",
+        ),
         ("data.imagesize", "'data.imagesize'; did you mean 'image_size'?"),
         ("trainer.max_step", "'trainer.max_step'; did you mean 'max_steps'?"),
         ("modle.seed", "'modle.seed'; did you mean 'model'?"),
@@ -151,7 +155,8 @@ def test_of_two_possible_classes_the_one_that_was_meant_complains(
          "`model.optim.name` must be one of 'adamw', 'muon', got 'sgd'."),
         ("model.optim.lr=-1", "OptimConfig: `lr` must be positive, got -1.0."),
         ("model.tokenizer=digitz",
-         "unknown variant 'digitz'; known are 'image-16d', 'joint-64d', 'digits', 'vq-16', 'vq-8', 'vq-digits'."),
+         "unknown variant 'digitz'; known are 'image-16d', 'joint-64d', "
+         "'digits', 'vq-16', 'vq-8', 'vq-digits'."),
         ("model.seed=${nope.x}",
          "`model.init_args.seed` refers to '${nope.x}', which there is not."),
         ("model.seed=${eval:1}",
