@@ -46,7 +46,8 @@ def _commands(program: str) -> list[str]:
             continue
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
-        spans = [span for span in _spans(text) if len(span.split()) > 2]  # more than a name
+        names = {f"{program} {tool}" for tool in (*TOOLS, *TRAINER_COMMANDS)}
+        spans = [span for span in _spans(text) if span not in names]  # more than a name
         found += [line for line in lines + spans if line.startswith(program + " ")]
     return [line for line in dict.fromkeys(found) if "COMMAND" not in line and "NAME" not in line]
 
