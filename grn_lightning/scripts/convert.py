@@ -17,7 +17,7 @@ from grn_lightning.models.convert import (
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.pretrained import export_files, is_export, read_pretrained
 from grn_lightning.models.sizes import NETWORKS, SizeHints
-from grn_lightning.models.text_encoder import TextEncoderConfig
+from grn_lightning.models.text_encoder import TINY, TextEncoderConfig
 
 _HINTS = SizeHints()
 
@@ -96,6 +96,11 @@ def convert(
         return _to_official(file, out, layout)
     if is_export(file):
         raise ValueError(f"'{file}' is an export already; `--to official` converts it back.")
+    if text_encoder is not None and text_encoder.architecture == TINY:
+        raise ValueError(
+            f"`text_encoder` must be one with weights of its own, got {TINY!r}, which is trained "
+            "along with a generator; name 'umt5' or a tower of open_clip, with its `checkpoint`."
+        )
     reference = None
     if tokenizer is not None:
         network = load_tokenizer(tokenizer)

@@ -1,6 +1,7 @@
 """`grn convert`: stored numbers of the published networks through the public path, and back."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from grn_lightning.models.grn_class import GRNClass
 from grn_lightning.models.grn_text import GRNText, TextCondition
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.pretrained import read_pretrained
+from grn_lightning.models.text_encoder import TextEncoderConfig
 from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.scripts.convert import convert
 from tests.official_files import read_golden, write_official_file
 from tests.tiny_runs import call_grn, tensors_equal
 
@@ -119,3 +122,8 @@ def test_refusals_are_sentences(capsys, tmp_path):
     text = refused(capsys, tmp_path / "other.safetensors", "--out", out, "--variant", "C")
     assert "unknown variant 'C'; known are 'auto', 'image-16d'" in text
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_text_encoder_without_weights_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one with weights of its own, got 'tiny'"):
+        convert(tmp_path / "f.pth", out=tmp_path / "out", text_encoder=TextEncoderConfig())

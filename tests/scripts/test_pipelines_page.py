@@ -99,4 +99,4 @@ def test_the_page_s_sizes_are_those_of_the_presets() -> None:
         if function := getattr(pipelines, call.split("(")[0], None):
             assert eval(call, {function.__name__: function}) == eval(value.split(": ")[0])
             checked += 1
-    assert checked == 3
+    assert checked == 4
