@@ -46,6 +46,9 @@ TOOLS = {
     "report": "write a self-contained HTML report of trained runs",
 }
 
+# Commands that keep what they have finished and pass over it the next time.
+RESUMABLE = {"predict", "shards", "encode", "bench quantizers", "bench generators"}
+
 
 def help_text() -> str:
     """List all sub-commands."""
@@ -221,6 +224,24 @@ def main() -> Any:
         options = _options_of(name) if is_tool else ()
         sys.stderr.write(f"grn: {explain(error, options=options)}\n")
         raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        raise _interrupted(name) from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's graceful shutdown
+            raise _interrupted(name) from error
+        raise
+
+
+def _interrupted(name: str) -> SystemExit:
+    """Say how an interrupted command goes on; 130 is what shells expect after Ctrl-C."""
+    if name == "fit":
+        advice = "the last checkpoint is whole: go on with `--ckpt_path` and the run's folder."
+    elif name in RESUMABLE:
+        advice = "the same command goes on where it stopped."
+    else:
+        advice = "files that were written are whole; give the command again, with a new `--out`."
+    sys.stderr.write(f"\ngrn: interrupted; {advice}\n")
+    return SystemExit(130)
 
 
 def _is_about_a_file(error: OSError) -> bool:

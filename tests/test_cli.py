@@ -293,3 +293,45 @@ def test_explaining_changes_no_configuration(config):
     before = copy.deepcopy(config)
     explain(ValueError(f"Does not validate\nGiven value: {config}"))
     assert config == before
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (["digits", "somewhere"], "files that were written are whole; give the command again"),
+        (["shards", "a", "b"], "the same command goes on where it stopped."),
+    ],
+)
+def test_an_interrupted_tool_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    advice: str,
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grn_lightning.cli._run_tool", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        call_grn(*command)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip().startswith(f"grn: interrupted; {advice}")
+
+
+def test_an_interrupted_training_names_its_checkpoint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shut_down(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
+
+    monkeypatch.setattr("grn_lightning.cli._run_trainer", shut_down)
+    with pytest.raises(SystemExit) as stop:
+        call_grn("fit")
+    assert stop.value.code == 130
+    assert "go on with `--ckpt_path` and the run's folder." in capsys.readouterr().err
