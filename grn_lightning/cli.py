@@ -235,7 +235,7 @@ def main() -> Any:
 def _interrupted(name: str) -> SystemExit:
     """Say how an interrupted command goes on; 130 is what shells expect after Ctrl-C."""
     if name == "fit":
-        advice = "the last checkpoint is whole: go on with `--ckpt_path` and the run's folder."
+        advice = "checkpoints are whole: go on from the last by `--ckpt_path` and the run's folder."
     elif name in RESUMABLE:
         advice = "the same command goes on where it stopped."
     else:
