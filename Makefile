@@ -18,7 +18,7 @@ FIT = $(GRN) fit $(addprefix -c ,$(BASE)) -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup data train-tokenizer train-c2i train-t2i train-t2v sample evaluate tensorboard
-.PHONY: demo test lint check format
+.PHONY: demo test test-scale lint check format
 
 help: ## list the targets
 	@printf 'make TARGET [CONFIG=experiment.yaml] [ARGS="--trainer.max_steps=20"]\n\n'
@@ -84,8 +84,11 @@ demo: data ## digits to captioned video: train both stages, judge them, write a 
 
 # --- checks -------------------------------------------------------------------------------------
 
-test: setup ## run all tests
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+test: setup ## run all tests but those of test-scale
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m 'not scale' $(ARGS)
+
+test-scale: setup ## run the tests of many processes, kills and notebooks
+	$(VENV)/bin/python -m pytest -m scale $(ARGS)
 
 lint: setup ## format, lint, types and import contracts, without changing a file
 	$(VENV)/bin/ruff format --check .
@@ -93,7 +96,7 @@ lint: setup ## format, lint, types and import contracts, without changing a file
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-check: lint test ## everything that has to hold before a commit
+check: lint test test-scale ## everything that has to hold before a commit
 
 format: setup ## format the code and repair what can be repaired
 	$(VENV)/bin/ruff format .

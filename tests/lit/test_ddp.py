@@ -25,6 +25,7 @@ from tests.tiny_runs import (
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.scale,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
 
