@@ -88,8 +88,14 @@ def test_the_demo_trains_and_judges_before_it_reports() -> None:
     assert commands == ["digits", "fit", "fit", "evaluate", "fit", "evaluate", "report"]
 
 
-def test_check_is_lint_and_test() -> None:
-    assert _plan("check") == _plan("lint") + _plan("test")
+def test_check_is_lint_and_all_tests() -> None:
+    assert _plan("check") == _plan("lint") + _plan("test") + _plan("test-scale")
+
+
+def test_every_test_belongs_to_one_of_both_targets() -> None:
+    [fast], [scale] = _plan("test"), _plan("test-scale")
+    assert fast.rstrip().endswith("-m 'not scale'")
+    assert scale.rstrip().endswith("-m scale")
 
 
 def test_setup_is_done_once_and_again_when_the_dependencies_change(tmp_path: Path) -> None:
