@@ -138,6 +138,8 @@ class _PredictionStage(CodeStage):
     def _is_causal(self) -> bool:
         """Whether a position sees only those before it."""
 
+    _sees_earlier = False
+
     def configure_model(self) -> None:
         """Build the network and load the tokenizer, once."""
         if hasattr(self, "network"):
@@ -159,6 +161,7 @@ class _PredictionStage(CodeStage):
                 output_channels=predicts.channels,
                 output_size=predicts.size,
                 is_causal=self._is_causal,
+                sees_earlier=self._sees_earlier,
                 grid_size=self.grid_size,
                 num_classes=self.num_classes or 0,
                 text_channels=text_channels,
@@ -311,6 +314,8 @@ class LitFine(_PredictionStage):
             or in training as well ("train+sample").
         coarse_noise: Share of coarse labels that are replaced by random ones in training, since
             those of stage 1 are drawn, too; at most 0.05 is advised.
+        sees_earlier: Let a position see the codes before it besides the coarse map: a control whose
+            bits tell what independence given the coarse map costs. It cannot draw.
         num_classes: As in `LitRaster`.
         text_encoder: As in `LitRaster`.
         condition_dropout: As in `LitRaster`.
@@ -329,6 +334,7 @@ class LitFine(_PredictionStage):
         split: SplitConfig,
         fine_mask: FineMask = "train+sample",
         coarse_noise: float = 0.0,
+        sees_earlier: bool = False,
         num_classes: int | None = None,
         text_encoder: TextEncoderConfig | None = None,
         condition_dropout: float = 0.1,
@@ -352,8 +358,12 @@ class LitFine(_PredictionStage):
         )
         if not 0 <= coarse_noise <= 1:
             raise ValueError(f"`coarse_noise` must be in [0, 1], got {coarse_noise}.")
-        self.fine_mask, self.coarse_noise = fine_mask, coarse_noise
-        own = {"fine_mask": fine_mask, "coarse_noise": coarse_noise}
+        self.fine_mask, self.coarse_noise, self._sees_earlier = (
+            fine_mask,
+            coarse_noise,
+            sees_earlier,
+        )
+        own = {"fine_mask": fine_mask, "coarse_noise": coarse_noise, "sees_earlier": sees_earlier}
         self.save_hyperparameters(self._plain() | own)
 
     @property
@@ -366,12 +376,13 @@ class LitFine(_PredictionStage):
 
     def _predict(self, codes: Tensor, condition: Any, index: Tensor) -> tuple[Tensor, Tensor]:
         assert self.split is not None
-        coarse = self.split.coarse(codes)
-        logits = self.network(self._disturbed(coarse, index), condition)
+        coarse, fine = self.split.coarse(codes), self.split.fine(codes)
+        earlier = fine if self._sees_earlier else None
+        logits = self.network(self._disturbed(coarse, index), condition, earlier)
         allowed = self.split.allowed(coarse)
         if allowed is not None and self.fine_mask == "train+sample":
             logits = logits.masked_fill(~allowed, -math.inf)
-        return logits, self.split.fine(codes)
+        return logits, fine
 
     def _disturbed(self, coarse: Tensor, index: Tensor) -> Tensor:
         """Replace some coarse labels by random ones, in training."""

@@ -38,6 +38,9 @@ class CodeTransformerConfig:
     """Values of a code that it predicts; in a causal network, `input_size`."""
     is_causal: bool = True
     """Position i sees what stands before it (stage 1, baseline); or all see all (stage 2)."""
+    sees_earlier: bool = False
+    """Position i of a bidirectional network sees what is to be predicted before it as well: a
+    control that tells what the independence of stage 2 costs, at twice the tokens."""
     grid_size: tuple[int, int] = (16, 16)
     """Height and width of the code map."""
     depth: int
@@ -87,6 +90,10 @@ class CodeTransformerConfig:
             (
                 self.prefix_rotation not in ("zero", "identity"),
                 f"prefix_rotation must be 'zero' or 'identity', got {self.prefix_rotation!r}",
+            ),
+            (
+                self.is_causal and self.sees_earlier,
+                "sees_earlier is for bidirectional networks; a causal one sees all that is earlier",
             ),
             (self.channel_depth < 0, f"channel_depth must be at least 0, got {self.channel_depth}"),
             (not 0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
@@ -283,6 +290,10 @@ class CodeTransformer(nn.Module):
         self.tok_embeddings = ChannelEmbedding(
             config.input_channels, config.input_size, config.width
         )
+        if config.sees_earlier:
+            self.earlier_embeddings = ChannelEmbedding(
+                config.output_channels, config.output_size, config.width
+            )
         if config.text_channels:
             self.text_proj = LinearFP32(config.text_channels, config.width)
         else:
@@ -322,29 +333,41 @@ class CodeTransformer(nn.Module):
                 nn.init.normal_(module.position, std=0.02)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, codes: Tensor, condition: Tensor | TextCondition) -> Tensor:
+    def forward(
+        self, codes: Tensor, condition: Tensor | TextCondition, fine: Tensor | None = None
+    ) -> Tensor:
         """Predict all positions at once.
 
         Args:
             codes: `(b, c, h, w)` in [0, input_size): in a causal network the targets themselves,
                 of which position i sees those before it; else the coarse map.
             condition: Class labels `(b,)` in [0, num_classes], or caption features.
+            fine: Targets `(b, output_channels, h, w)` of a network that `sees_earlier`, of which
+                position i sees those before it; None for all others.
 
         Returns:
             Logits `(b, output_channels, h, w, output_size)`, float32.
         """
         self._check(codes)
+        if (fine is not None) != self.config.sees_earlier:
+            raise ValueError(
+                "`fine` must be given to networks that see earlier codes, and no other."
+            )
         prefix, prefix_mask = self._embed_condition(condition)
-        tokens = self.tok_embeddings(codes.flatten(2).mT).sum(-2)  # (b, n, d)
+        tokens = self.tok_embeddings(codes.flatten(2).mT).sum(-2).float()  # (b, n, d)
         if self.config.is_causal:
             tokens = tokens[:, :-1]
-        x = self.tok_dropout(torch.cat([prefix, tokens.float()], dim=1))
+        if fine is not None:
+            earlier = self.earlier_embeddings(fine.flatten(2).mT).sum(-2)[:, :-1].float()
+            tokens = torch.cat([tokens, tokens + F.pad(earlier, (0, 0, 1, 0))], dim=1)
+        x = self.tok_dropout(torch.cat([prefix, tokens], dim=1))
         rotary = Rotary(*(table[: x.shape[1]] for table in self._rotary(prefix.shape[1], x.device)))
         mask = self._mask(prefix_mask, x.shape[1])
         for layer in self.layers:
             x = layer(x, rotary, mask)
         x = self.norm(x)[:, -self.config.num_positions :]
-        return self._logits(x, codes.flatten(2).mT).movedim(1, 2).unflatten(2, codes.shape[2:])
+        own = codes if fine is None else fine
+        return self._logits(x, own.flatten(2).mT).movedim(1, 2).unflatten(2, codes.shape[2:])
 
     def _logits(self, x: Tensor, codes: Tensor) -> Tensor:
         """Map positions `(b, n, d)`, with their own codes for a chain, to `(b, n, c, k)`."""
@@ -444,6 +467,12 @@ class CodeTransformer(nn.Module):
         if self.config.is_causal:
             is_seen = torch.ones(length, length, dtype=torch.bool, device=prefix_mask.device).tril()
             is_seen = is_seen[None, None]
+        if self.config.sees_earlier:
+            is_seen = torch.ones(length, length, dtype=torch.bool, device=prefix_mask.device)
+            first = length - self.config.num_positions  # what is known whole stands before
+            is_seen[:first, first:] = False
+            is_seen[first:, first:] = is_seen[first:, first:].tril()
+            is_seen = is_seen[None, None]
         if p > 1:  # captions of unequal length; a hidden token sees itself, so that no row is empty
             counts = F.pad(prefix_mask, (0, length - p), value=True)[:, None, None]
             itself = torch.eye(length, dtype=torch.bool, device=prefix_mask.device)
@@ -458,7 +487,9 @@ class CodeTransformer(nn.Module):
         head_dim = self.config.width // self.config.num_heads
         zeros = torch.zeros(num_prefix, head_dim // 2)
         prefix = Rotary(zeros + (self.config.prefix_rotation == "identity"), zeros)
-        rotary = join_rotary(prefix, rope_2d_class(*self.config.grid_size, head_dim=head_dim))
+        grid = rope_2d_class(*self.config.grid_size, head_dim=head_dim)
+        maps = [grid] * (2 if self.config.sees_earlier else 1)
+        rotary = join_rotary(prefix, *maps)
         return Rotary(*(table.to(device) for table in rotary))
 
     def _check(self, codes: Tensor) -> None:

@@ -58,6 +58,11 @@ def check_sizes(
     """
     if (fine is None) != (split is None):
         raise ValueError("a second stage needs a split, and a split a second stage.")
+    if fine is not None and fine.config.sees_earlier:
+        raise ValueError(
+            "a stage 2 that sees earlier codes is a control for its likelihood and cannot draw; "
+            "give one that was trained with `sees_earlier: false`."
+        )
     wanted = [("the causal network", coarse, codes, codes)]
     if split is not None and fine is not None:
         first, second = split.coarse_sizes, split.fine_sizes

@@ -98,13 +98,22 @@ def test_a_single_cluster_leaves_stage_1_nothing_and_stage_2_the_class(build):
     assert not torch.allclose(logits, other)
 
 
-@pytest.mark.parametrize(("fine_mask", "total"), [("train+sample", 1.0), ("none", None)])
-def test_only_masked_stages_are_a_likelihood_of_codes(fine_mask, total, build):
+@pytest.mark.parametrize(
+    ("fine_mask", "total", "sees_earlier"),
+    [("train+sample", 1.0, False), ("train+sample", 1.0, True), ("none", None, False)],
+)
+def test_only_masked_stages_are_a_likelihood_of_codes(fine_mask, total, sees_earlier, build):
     """Over all maps of two positions; the rest of the mass lies where stages contradict."""
     maps = torch.tensor([*product(range(NUM_CODES), repeat=2)]).view(-1, 1, 1, 2)
     stages = (
         build(LitRaster, UNEVEN, std=0.3, grid_size=(1, 2)),
-        build(LitFine, UNEVEN, std=0.3, grid_size=(1, 2), fine_mask=fine_mask),
+        build(
+            *(LitFine, UNEVEN),
+            std=0.3,
+            grid_size=(1, 2),
+            fine_mask=fine_mask,
+            sees_earlier=sees_earlier,
+        ),
     )
     index = torch.zeros(len(maps), dtype=torch.long)
     with torch.no_grad():
@@ -122,17 +131,40 @@ def coupled_codes(count: int, seed: int) -> Tensor:
     return (3 * coarse + coarse.roll(-1, dims=1) % 3).view(-1, 1, 2, 2)
 
 
+def agreeing_codes(count: int, seed: int) -> Tensor:
+    """Coarse maps at random, and one member at random that all positions of a map share."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(4, (count, 4), generator=generator)
+    member = torch.randint(3, (count, 1), generator=generator)
+    return (3 * coarse + member).view(-1, 1, 2, 2)
+
+
+def train(stage: Any, codes_of: Callable[[int, int], Tensor], num_steps: int) -> None:
+    """Some steps of Adam on the loss of the stage."""
+    optimizer = torch.optim.Adam(stage.network.parameters(), lr=1e-2)
+    index = torch.arange(128)
+    for step in range(num_steps):
+        loss = token_cross_entropy(*stage._predict(codes_of(128, 100 + step), index % 5, index))
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+
+
+def test_the_control_tells_what_independence_costs(build):
+    """Positions agree on a member: alone each costs ln 3, and together they do."""
+    nats = {}
+    for sees_earlier in (False, True):
+        fine = build(LitFine, EVEN, sees_earlier=sees_earlier)
+        train(fine, agreeing_codes, num_steps=80)
+        nats[sees_earlier] = float(loss_of(fine, agreeing_codes(64, seed=0)).mean()) * 4
+    assert nats[False] == pytest.approx(4 * math.log(3), abs=0.2)
+    assert nats[True] == pytest.approx(math.log(3), abs=0.2)
+
+
 def test_stage_2_on_true_coarse_maps_beats_random_members(build):
     """The oracle of coarse maps: what stage 2 draws lies nearer to the truth than any member."""
     fine = build(LitFine, EVEN)
-    optimizer = torch.optim.Adam(fine.network.parameters(), lr=1e-2)
-    index = torch.arange(128)
-    for step in range(120):
-        codes = coupled_codes(128, seed=100 + step)
-        loss = token_cross_entropy(*fine._predict(codes, index % 5, index)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    train(fine, coupled_codes, num_steps=120)
 
     truth = coupled_codes(64, seed=0)
     held_out = torch.arange(len(truth))

@@ -1,5 +1,6 @@
 """CodeTransformer: stored outputs, published counts, who sees what, and the cache."""
 
+import dataclasses
 import json
 import math
 
@@ -29,6 +30,7 @@ TEXT = CodeTransformerConfig(
     prefix_rotation="identity",
     **SIZES | {"num_classes": 0},
 )
+CONTROL = dataclasses.replace(FINE, sees_earlier=True)
 CAUSAL_ONES = {"one": CAUSAL, "channels": CHANNELS, "chain": CHAIN, "text": TEXT}
 
 
@@ -214,3 +216,32 @@ def test_maps_of_another_size_and_steps_of_a_bidirectional_network_are_refused()
         build(CAUSAL)(codes.mT, condition)
     with pytest.raises(ValueError, match="predicts all positions at once"):
         build(FINE).prefill(condition)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channel_depth", [0, 1])
+def test_the_control_sees_the_whole_coarse_map_and_what_is_earlier(channel_depth: int) -> None:
+    config = dataclasses.replace(CONTROL, channel_depth=channel_depth)
+    model, (coarse, condition) = build(config), inputs(config)
+    fine = torch.randint(9, (3, 2, 2, 3), generator=torch.Generator().manual_seed(2))
+    before = model(coarse, condition, fine)
+    for i in range(6):
+        other = fine.clone()
+        other.view(3, 2, 6)[:, -1, i] += 1
+        after = model(coarse, condition, other % 9)
+        changed = (after != before).flatten(2, 3).any(-1).any(1)  # (b, n)
+        assert changed.tolist() == [[j > i for j in range(6)]] * 3
+        other = coarse.clone()
+        other.view(3, 6)[:, i] += 1
+        assert (model(other % 7, condition, fine) != before).flatten(2).any(-1).all()
+
+
+def test_only_the_control_takes_earlier_codes() -> None:
+    coarse, condition = inputs(FINE)
+    fine = torch.zeros(3, 2, 2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="`fine` must be given to networks that see earlier codes"):
+        build(CONTROL)(coarse, condition)
+    with pytest.raises(ValueError, match="`fine` must be given to networks that see earlier codes"):
+        build(FINE)(coarse, condition, fine)
+    with pytest.raises(ValueError, match="sees_earlier is for bidirectional networks"):
+        dataclasses.replace(CAUSAL, sees_earlier=True)

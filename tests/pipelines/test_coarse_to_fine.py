@@ -1,5 +1,7 @@
 """CoarseToFinePipeline: degenerate splits, whole pictures, what does not fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -123,3 +125,11 @@ def test_parts_that_do_not_fit_are_refused(vq, coarse, fine, split, match):
     second = None if fine is None else network((1, 4), fine)
     with pytest.raises(ValueError, match=match):
         CoarseToFinePipeline(network(coarse), vq, second, split)
+
+
+def test_the_control_of_independence_does_not_draw(vq):
+    split = ClusterSplit(torch.arange(12) // 3, 4)
+    control = network((1, 4), (1, 12))
+    control.config = replace(control.config, sees_earlier=True)
+    with pytest.raises(ValueError, match="is a control for its likelihood and cannot draw"):
+        CoarseToFinePipeline(network((1, 4)), vq, control, split)
