@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grn_lightning.models.grn_text import FirstFrameCondition, GRNText, TextCache, TextCondition
 from grn_lightning.samplers import expand_rows, num_rows
+from grn_lightning.samplers.conditions import concatenate_conditions, select_rows
 
 Condition = Tensor | TextCondition | TextCache | FirstFrameCondition
 """Classes, text features, cached text, or text and a first frame."""
@@ -28,19 +29,23 @@ def _needed_length(mask: Tensor) -> int:
     return max(1, int((mask * places).amax()))
 
 
-def trim_text(conditions: Sequence[TextCondition]) -> list[TextCondition]:
+def trim_text(
+    conditions: Sequence[TextCondition], length: int | None = None
+) -> list[TextCondition]:
     """Cut or fill text conditions to the one length that the longest caption of all needs.
 
     Args:
         conditions: Features `(b, l, text_channels)` with masks; `b` and `l` may differ.
+        length: Cut or fill them to this one instead.
 
     Returns:
         The conditions, all with the same `l`: the needed one, rounded up to a multiple of 16 where
         the features reach that far.
     """
-    longest = max(one.mask.shape[1] for one in conditions)
-    needed = max(_needed_length(one.mask) for one in conditions)
-    length = min(longest, -(-needed // _LENGTH_STEP) * _LENGTH_STEP)
+    if length is None:
+        longest = max(one.mask.shape[1] for one in conditions)
+        needed = max(_needed_length(one.mask) for one in conditions)
+        length = min(longest, -(-needed // _LENGTH_STEP) * _LENGTH_STEP)
 
     def fit(one: TextCondition) -> TextCondition:
         missing = max(0, length - one.mask.shape[1])
@@ -64,14 +69,40 @@ def _with_text(condition: Condition, text: TextCondition | TextCache) -> Conditi
     return text
 
 
+def _encode_text(generator: GRNText, text: TextCondition, rows_per_call: int | None) -> TextCache:
+    """Run text through the generator at once, or in calls of so many rows, the last filled up."""
+    count = len(text.mask)
+    if rows_per_call in (None, count):
+        return generator.encode_text(text)
+    assert rows_per_call is not None
+    parts = []
+    for start in range(0, count, rows_per_call):
+        rows = torch.arange(start, start + rows_per_call, device=text.mask.device)
+        some = select_rows(text, rows.clamp(max=count - 1))
+        cache = generator.encode_text(some)  # type: ignore[arg-type]
+        parts.append(select_rows(cache, slice(0, count - start)))
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = concatenate_conditions(whole, part)
+    return whole  # type: ignore[return-value]
+
+
 @torch.no_grad()
-def prepare_text(generator: GRNText, conditions: Sequence[Condition]) -> list[Condition]:
+def prepare_text(
+    generator: GRNText,
+    conditions: Sequence[Condition],
+    *,
+    length: int | None = None,
+    rows_per_call: int | None = None,
+) -> list[Condition]:
     """Make the text of conditions ready for the steps of a sampler.
 
     Args:
         generator: Who will be asked. With "prefix" attention the text goes through its blocks here
             and never again; with "full" attention it cannot, because it attends to the picture.
         conditions: Of both branches; cached text stays as it is.
+        length: As in `trim_text`.
+        rows_per_call: As in `RefineConfig`, for the calls that are made here.
 
     Returns:
         The conditions in order, with text of one common length.
@@ -80,10 +111,10 @@ def prepare_text(generator: GRNText, conditions: Sequence[Condition]) -> list[Co
     if not texts:
         return list(conditions)
     ready: dict[int, TextCondition | TextCache] = dict(
-        zip(texts, trim_text(list(texts.values())), strict=True)
+        zip(texts, trim_text(list(texts.values()), length), strict=True)
     )
     if generator.config.attention == "prefix":
-        ready = {n: generator.encode_text(text) for n, text in ready.items()}  # type: ignore[arg-type]
+        ready = {n: _encode_text(generator, text, rows_per_call) for n, text in ready.items()}  # type: ignore[arg-type]
     return [_with_text(one, ready[n]) if n in ready else one for n, one in enumerate(conditions)]
 
 

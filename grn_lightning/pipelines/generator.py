@@ -277,9 +277,11 @@ class GeneratorPipeline:
                     known_codes=constraint.known_codes[:, :, 1:],
                     known_mask=constraint.known_mask[:, :, 1:],
                 )
-        with self._precision():
+        with self.precision():
             if isinstance(self.generator, GRNText):
-                condition, null = prepare_text(self.generator, [condition, null])
+                condition, null = prepare_text(
+                    self.generator, [condition, null], rows_per_call=config.rows_per_call
+                )
             result = refine(
                 self.generator,
                 (self.generator.config.num_elements, *grid),
@@ -297,7 +299,8 @@ class GeneratorPipeline:
         first_frame = first_frame.expand(len(result.codes), *first_frame.shape[1:])
         return replace(result, codes=torch.cat([first_frame, result.codes], dim=2))
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which the generator computes."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast)

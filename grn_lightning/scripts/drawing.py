@@ -4,18 +4,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.models.grn_class import GRNClassConfig
 from grn_lightning.pipelines import Condition, GeneratorPipeline, with_first_frame
-from grn_lightning.samplers import ForwardCount, RefineConfig, StepInfo
+from grn_lightning.pipelines.queues import sample_queue
+from grn_lightning.samplers import RefineConfig, StepInfo
 from grn_lightning.scripts.runs import ClipSize, TrainedRun
+
+_BATCHES_PER_QUEUE = 16  # a queue ends with batches that are not full; captions of so many wait
 
 Drawer = LitGenerator | GeneratorPipeline
 """Who draws: a pipeline, or the module that trains one."""
@@ -36,8 +41,8 @@ class DrawnPart:
     """`(b, 3, f, h, w)` in [-1, 1], on the generator's device; None if not decoded."""
     elements: Tensor
     """`(b, c, *grid)` long: what the generator has drawn, before decoding."""
-    num_forwards: ForwardCount
-    """Calls of the generator, and rows in them."""
+    num_forwards: int
+    """Rows that the generator was asked about."""
     seconds: float
     """Time for conditions, refinement and decoding."""
     num_steps: Tensor
@@ -158,34 +163,90 @@ def draw_parts(
         ValueError: If the size does not fit the tokenizer.
     """
     pipeline = as_pipeline(drawer)
-    grid = pipeline.latent_grid(*size)
-    null = pipeline.null_condition(1, negative_prompt)
-    for rows in torch.arange(len(sample_index)).split(batch_size):
-        start = _seconds(pipeline.device)
-        result = pipeline.sample(
-            _condition(pipeline, wanted, slice(int(rows[0]), int(rows[-1]) + 1)),
-            sample_index[rows].to(pipeline.device),
-            grid=grid,
-            config=config,
-            seed=seed,
-            null_condition=null,
-            observer=observer,
+    jobs = _Jobs(
+        pipeline=pipeline,
+        wanted=wanted,
+        sample_index=sample_index.to(pipeline.device),
+        grid=pipeline.latent_grid(*size),
+        config=config,
+        seed=seed,
+        null_condition=pipeline.null_condition(1, negative_prompt),
+        observer=observer,
+    )
+    # A queue keeps all places at work; where all samples take as many steps, a batch does so too.
+    is_queue = config.adaptive is not None and config.compact and "first_frames" not in wanted
+    count, group = len(sample_index), batch_size * (_BATCHES_PER_QUEUE if is_queue else 1)
+    for start in range(0, count, group):
+        rows = range(start, min(start + group, count))
+        yield from jobs.queue(rows, batch_size, decode) if is_queue else jobs.batch(rows, decode)
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """What all parts have in common."""
+
+    pipeline: GeneratorPipeline
+    wanted: Mapping[str, Sequence[Any]]
+    sample_index: Tensor
+    grid: tuple[int, ...]
+    config: RefineConfig
+    seed: int
+    null_condition: Condition
+    observer: Callable[[StepInfo], None] | None
+
+    def _options(self) -> dict[str, Any]:
+        names = ("grid", "config", "seed", "null_condition", "observer")
+        return {name: getattr(self, name) for name in names}
+
+    def batch(self, rows: range, decode: bool) -> Iterator[DrawnPart]:
+        """Draw one part as one batch."""
+        start, part = _seconds(self.pipeline.device), slice(rows.start, rows.stop)
+        result = self.pipeline.sample(
+            _condition(self.pipeline, self.wanted, part), self.sample_index[part], **self._options()
         )
-        clips = None
-        if decode:
-            # One by one: a batch rounds differently in the last bit, which can move a pixel by a
-            # level, and the decoder needs by far the most memory.
-            clips = torch.cat([pipeline.detokenize(one) for one in result.codes.split(1)])
-        end = _seconds(pipeline.device)
         yield DrawnPart(
-            rows=range(int(rows[0]), int(rows[-1]) + 1),
-            clips=clips,
+            rows=rows,
+            clips=_decoded(self.pipeline, result.codes) if decode else None,
             elements=result.codes,
-            num_forwards=result.num_forwards,
-            seconds=end - start,
+            num_forwards=result.num_forwards.rows,
+            seconds=_seconds(self.pipeline.device) - start,
             num_steps=result.num_steps,
             entropy=result.entropy,
         )
+
+    def queue(self, rows: range, batch_size: int, decode: bool) -> Iterator[DrawnPart]:
+        """Draw parts of `batch_size`; the next samples do not wait for the slowest of a part."""
+        part = slice(rows.start, rows.stop)
+        samples = sample_queue(
+            self.pipeline,
+            {name: values[part] for name, values in self.wanted.items()},
+            self.sample_index[part],
+            max_batch=batch_size,
+            **self._options(),
+        )
+        for start in range(rows.start, rows.stop, batch_size):
+            begin = _seconds(self.pipeline.device)
+            done = list(islice(samples, min(batch_size, rows.stop - start)))
+            codes = torch.stack([sample.codes for sample in done])
+            clips = _decoded(self.pipeline, codes) if decode else None
+            yield DrawnPart(
+                rows=range(start, start + len(done)),
+                clips=clips,
+                elements=codes,
+                num_forwards=sum(sample.num_evaluations for sample in done),
+                seconds=_seconds(self.pipeline.device) - begin,
+                num_steps=torch.tensor([sample.num_steps for sample in done], device=codes.device),
+                entropy=pad_sequence([sample.entropy for sample in done]),
+            )
+
+
+def _decoded(pipeline: GeneratorPipeline, elements: Tensor) -> Tensor:
+    """Decode one by one.
+
+    A batch rounds differently in the last bit, which can move a pixel by a level, and the decoder
+    needs by far the most memory.
+    """
+    return torch.cat([pipeline.detokenize(one) for one in elements.split(1)])
 
 
 def _condition(

@@ -131,7 +131,7 @@ def evaluate_generator(
             labels = values if module.is_text else [f"class {value}" for value in values]
             shown.add(part.clips, labels, readings)
             costs.count += len(clips)
-            costs.rows += part.num_forwards.rows
+            costs.rows += part.num_forwards
             costs.seconds += part.seconds
     return Findings(
         figures=[

@@ -169,7 +169,7 @@ class _Writer:
                 self.shown.append(written.preview)
         self.seconds += time.perf_counter() - start
         self.seconds += part.seconds
-        self.num_forwards += part.num_forwards.rows
+        self.num_forwards += part.num_forwards
         write_json(self.folder / "samples.json", self.job | {"samples": self.rows})
 
     def _facts(self, index: int, label: str) -> dict[str, Any]:
