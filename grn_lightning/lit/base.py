@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from grn_lightning.lit.checkpoints import averaged_state
 from grn_lightning.lit.optim import OptimConfig, configure_optimizers
+from grn_lightning.lit.work import Work
 
 ConfigT = TypeVar("ConfigT")
 
@@ -70,6 +71,10 @@ class StageModule(L.LightningModule, ABC):
     def count_samples(self, batch_size: int) -> None:
         """Count a training batch; every device has one of the same size."""
         self.samples_seen += batch_size * self.trainer.world_size
+
+    def work_of(self, batch: Any) -> Work:
+        """Return what this device does with a batch; stages that can tell more than its size do."""
+        return Work(len(batch["keys"]))
 
     @property
     def is_logging_step(self) -> bool:

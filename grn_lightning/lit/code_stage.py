@@ -23,6 +23,7 @@ from grn_lightning.lit.cached import (
 from grn_lightning.lit.checkpoints import weights_hash
 from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.lit.work import Work, text_lengths, work_of_elements
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig
 from grn_lightning.models.tokenizer import HBQTokenizer
 
@@ -190,6 +191,16 @@ class CodeStage(StageModule):
             return values.masked_fill(dropped, self.null_class)
         pairs = zip(values, dropped.tolist(), strict=True)
         return ["" if is_dropped else caption for caption, is_dropped in pairs]
+
+    def work_of(self, batch: Any) -> Work:
+        """Return what the network does with a batch; tokenizer and text encoder are left out."""
+        number = len(batch["keys"])
+        if "codes" in batch:
+            shape = tuple(batch["codes"].shape)
+        else:
+            shape = (number, *self.tokenizer.config.latent_shape(*batch["clips"].shape[2:]))
+        lengths, room = text_lengths(batch, self.text_encoder) if self.is_text else ([], 0)
+        return work_of_elements(getattr(self, self.averaged[0]), shape, lengths, room)
 
     # --- judging ----------------------------------------------------------------------------------
 

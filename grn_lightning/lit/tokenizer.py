@@ -5,6 +5,7 @@ of the discriminators on the same batch and on the reconstructions made before. 
 manual, with or without discriminators; what is counted is the tokenizer's updates (`stepping.py`).
 """
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -41,9 +42,11 @@ from grn_lightning.lit.stepping import (
     step,
     unsynchronized,
 )
+from grn_lightning.lit.work import Work
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.metrics.reconstruction import reconstruction_metrics
 from grn_lightning.models import vq_tokenizer
+from grn_lightning.models.costs import encoder_flops, tokenizer_flops
 from grn_lightning.models.pretrained import is_export, read_pretrained
 from grn_lightning.models.tokenizer import TokenizerOutput
 from grn_lightning.models.tokenizers import (
@@ -270,6 +273,15 @@ class LitTokenizer(StageModule):
         if config.perceptual:
             losses["perceptual"] = config.perceptual * self._lpips(clips, output).mean()
         return losses | dict(output.auxiliary_terms)
+
+    def work_of(self, batch: Batch) -> Work:
+        """Return what the tokenizer does with a batch; discriminators and LPIPS are left out."""
+        number, size = len(batch["clips"]), tuple(batch["clips"].shape[2:])
+        flops = tokenizer_flops(self.tokenizer_config, size).total
+        if self.procedure.trains == "decoder":
+            flops -= encoder_flops(self.tokenizer_config, size).backward
+        tokens = number * math.prod(self.tokenizer_config.latent_shape(*size)[1:])
+        return Work(number, tokens, tokens, number * flops)
 
     def _lpips(self, clips: Tensor, output: TokenizerOutput) -> Tensor:
         """Perceptual distance of every frame, `(b f,)`."""
