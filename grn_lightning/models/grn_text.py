@@ -12,6 +12,9 @@ the picture as its latent frame 0 (`first_frame`): they enter like any codes and
 the codes to be predicted at times 1 .. f, and there are no logits for them. It is the published
 image-to-video geometry.
 
+Documents of different sizes go through the blocks as one packed sequence without padding
+(`models/packed.py`); each gets the logits that it gets alone.
+
 `b` batch, `c` elements per position, `k` alphabet, `f h w` grid, `n = f h w`, `l` text tokens,
 `d` width, `e` head width.
 """
@@ -24,11 +27,13 @@ from torch import Tensor, nn
 
 from grn_lightning.functional.rope import (
     ASPECT_TEMPLATES,
+    NUM_TEXT_POSITIONS,
     Rotary,
     text_rotary,
     time_token_rotary,
     visual_rotary,
 )
+from grn_lightning.models.packed import PackedMaps, PackedText, plan_sequence
 from grn_lightning.nn.attention import (
     AttentionLayout,
     KeyValue,
@@ -39,6 +44,7 @@ from grn_lightning.nn.attention import (
 from grn_lightning.nn.embed import CodeEmbedding, TimeEmbedding
 from grn_lightning.nn.mlp import GatedMLP, LinearFP32
 from grn_lightning.nn.norm import RMSNorm
+from grn_lightning.nn.packed_attention import Backend, DocumentAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +214,9 @@ class GRNText(nn.Module):
 
     Args:
         config: Sizes.
+
+    Attributes:
+        packed_backend: What computes the attention of packed documents, see `nn.packed_attention`.
     """
 
     def __init__(self, config: GRNTextConfig) -> None:
@@ -219,7 +228,9 @@ class GRNText(nn.Module):
         self.pt_embedder = TimeEmbedding(config.width)
         self.block_chunks = nn.ModuleList(BlockChunk(config) for _ in range(num_chunks))
         self.head = Head(config.width, config.num_elements * config.alphabet_size)
+        self.packed_backend: Backend = "auto"
         self._tables = TableCache()
+        self._grid_tables = TableCache(size=64)  # packs mix presets, aspects and durations
         self.init_weights()
 
     @torch.no_grad()
@@ -245,9 +256,9 @@ class GRNText(nn.Module):
 
     def forward(
         self,
-        codes: Tensor,
+        codes: Tensor | PackedMaps,
         t: Tensor,
-        condition: TextCondition | TextCache | FirstFrameCondition,
+        condition: TextCondition | TextCache | FirstFrameCondition | PackedText,
         text_cache: TextCache | None = None,
         *,
         first_frame: Tensor | None = None,
@@ -259,7 +270,8 @@ class GRNText(nn.Module):
         and one text cache serves every picture.
 
         Args:
-            codes: Corrupted codes `(b, c, f, h, w)` in [0, k).
+            codes: Corrupted codes `(b, c, f, h, w)` in [0, k); or packed documents, whose
+                `condition` is packed text, and which have a time each.
             t: Time `(b,)` in [0, 1]: 0 noise, 1 data. A clean first frame does not raise it: in
                 training it is the share that a mask over all `1 + f` frames would have kept.
             condition: Text features, or what `encode_text` made of them; with a first frame or
@@ -269,11 +281,15 @@ class GRNText(nn.Module):
                 `condition` has them.
 
         Returns:
-            Logits `(b, c, f, h, w, k)` of `codes`, float32.
+            Logits `(b, c, f, h, w, k)` of `codes`, float32; of packed documents `(n, c, k)`, those
+            of all positions but given first frames, one document behind the other.
 
         Raises:
             ValueError: If codes, first frame or text are of other sizes than the model's.
         """
+        if isinstance(codes, PackedMaps):
+            assert isinstance(condition, PackedText)
+            return self._forward_packed(codes, t, condition)
         if isinstance(condition, FirstFrameCondition):
             condition, first_frame = condition
         num_logits = codes.shape[2:].numel()
@@ -313,27 +329,78 @@ class GRNText(nn.Module):
         keys, values = (torch.stack(group, dim=1) for group in zip(*key_values, strict=True))
         return TextCache(keys, values, mask)
 
+    # -- packed documents -------------------------------------------------------------------------
+
+    def _forward_packed(self, maps: PackedMaps, t: Tensor, text: PackedText) -> Tensor:
+        """Predict the elements `(n, c, k)` of all documents in one sequence."""
+        if maps.codes.ndim != 2 or maps.codes.shape[1] != self.config.num_elements:
+            raise self._misfit_of_codes("n, {}", maps.codes)
+        self._check_text(text.embeds)
+        plan = plan_sequence(maps, text.lengths)
+        visual = self.word_embed(maps.codes.T[None])[0]  # (n, d)
+        tokens = torch.cat([self.text_proj(text.embeds), visual, self.pt_embedder(t)])
+        layout = AttentionLayout(
+            Rotary(*(table[plan.order] for table in self._packed_rotary(maps.grids, text))),
+            packed=DocumentAttention(
+                plan.lengths,
+                has_closed_prefix=self.config.attention == "prefix",
+                backend=self.packed_backend,
+                device=tokens.device,
+            ),
+        )
+        x = self._run(tokens[plan.order][None], layout)[0]
+        logits = self.head(x[:, plan.predicted])[0]  # (n, c k)
+        return logits.unflatten(-1, (-1, self.config.alphabet_size))
+
+    def _packed_rotary(self, grids: tuple[tuple[int, int, int], ...], text: PackedText) -> Rotary:
+        """Tables of all text tokens, all visual tokens and all time tokens."""
+        device = text.embeds.device
+        words = self._rotary(NUM_TEXT_POSITIONS, None, device)
+        time = time_token_rotary(self.config.head_dim)
+        return join_rotary(
+            Rotary(*(table[text.positions] for table in words)),
+            *(self._grid_rotary(grid, device) for grid in grids),
+            Rotary(*(table.to(device).expand(len(grids), -1) for table in time)),
+        )
+
+    def _grid_rotary(self, grid: tuple[int, int, int], device: torch.device) -> Rotary:
+        """Tables of the visual tokens of one document."""
+
+        def make() -> Rotary:
+            template, head_dim = self.config.aspect_template, self.config.head_dim
+            tables = visual_rotary(*grid, head_dim=head_dim, aspect_template=template)
+            return Rotary(*(table.to(device) for table in tables))
+
+        return self._grid_tables.get((grid, device), make)
+
     # -- tokens ---------------------------------------------------------------------------------
 
     def _embed_visual(self, codes: Tensor, t: Tensor) -> Tensor:
         """Return visual tokens and, last, the time token `(b, n + 1, d)`."""
         if codes.ndim != 5 or codes.shape[1] != self.config.num_elements:
-            raise ValueError(
-                f"codes must be (b, {self.config.num_elements}, f, h, w), got "
-                f"{tuple(codes.shape)}; num_elements of the generator must fit the tokenizer."
-            )
+            raise self._misfit_of_codes("b, {}, f, h, w", codes)
         visual = self.word_embed(codes).flatten(1, 3)
         return torch.cat([visual, self.pt_embedder(t)[:, None]], dim=1)
 
     def _embed_text(self, condition: TextCondition) -> tuple[Tensor, Tensor]:
         """Return text tokens `(b, l, d)` and their mask; hidden features are replaced by zeros."""
         embeds, mask = condition
+        self._check_text(embeds)
+        return self.text_proj(embeds.masked_fill(~mask[..., None], 0)), mask
+
+    def _misfit_of_codes(self, shape: str, codes: Tensor) -> ValueError:
+        return ValueError(
+            f"codes must be ({shape.format(self.config.num_elements)}), got "
+            f"{tuple(codes.shape)}; num_elements of the generator must fit the tokenizer."
+        )
+
+    def _check_text(self, embeds: Tensor) -> None:
         if embeds.shape[-1] != self.config.text_channels:
+            batch = "b, l" if embeds.ndim == 3 else "l"
             raise ValueError(
-                f"text features must be (b, l, {self.config.text_channels}), got "
+                f"text features must be ({batch}, {self.config.text_channels}), got "
                 f"{tuple(embeds.shape)}; text_channels must fit the text encoder."
             )
-        return self.text_proj(embeds.masked_fill(~mask[..., None], 0)), mask
 
     # -- who attends to whom, and from where ------------------------------------------------------
 

@@ -118,6 +118,7 @@ class AttentionLayout(NamedTuple):
     num_prefix: int = 0
     prefix_mask: Tensor | None = None  # (b, 1, num_prefix, num_prefix)
     mask: Tensor | None = None  # broadcastable to (b, 1, queries behind the prefix, keys)
+    packed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # in place of all the above
 
 
 class PrefixAttention(nn.Module):
@@ -161,6 +162,9 @@ class PrefixAttention(nn.Module):
         keys, values = k, v
         if cached is not None:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(cached, (k, v), strict=True))
+        if layout.packed is not None:
+            out = layout.packed(q, k, v)
+            return self.o_proj(out.transpose(1, 2).flatten(2)), (k, v)
         p = layout.num_prefix
         out = attend(q[:, :, p:], keys, values, layout.mask)
         if p > 0:
