@@ -42,7 +42,7 @@ class Moments(NamedTuple):
     """`(d,)` float64."""
     covariance: Tensor
     """`(d, d)` float64, unbiased."""
-    count: int
+    num_samples: int
     """Samples behind them; 0 if nobody knows."""
 
 
@@ -196,7 +196,7 @@ class ReferenceStatistics:
                 "format": _FORMAT,
                 "protocol": self.protocol.as_dict(),
                 "source": self.source,
-                "count": self.moments.count,
+                "count": self.moments.num_samples,
                 "digest": self.digest,
             }
             save_file(tensors, str(part), metadata={"reference": json.dumps(facts)})

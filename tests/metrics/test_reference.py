@@ -50,7 +50,7 @@ def test_sums_are_mean_and_covariance_however_the_samples_came() -> None:
     for part in x.split([1, 20, 29]):
         sums.update(part)
     found = sums.compute()
-    assert found.count == 50
+    assert found.num_samples == 50
     torch.testing.assert_close(found.mean, x.double().mean(0), rtol=1e-12, atol=0)
     expected = torch.from_numpy(np.cov(x.double().numpy(), rowvar=False))
     torch.testing.assert_close(found.covariance, expected, rtol=1e-11, atol=1e-12)
@@ -98,7 +98,7 @@ def test_statistics_survive_a_file_with_protocol_and_hash(tmp_path: Path) -> Non
     assert read.protocol == made.protocol
     assert read.digest == made.digest
     assert read.label == f"train-{made.digest[:8]}"
-    assert read.moments.count == 40
+    assert read.moments.num_samples == 40
     assert read.spatial is not None
     torch.testing.assert_close(read.spatial.covariance, made.spatial.covariance, rtol=0, atol=0)
     assert list(tmp_path.iterdir()) == [tmp_path / "ref.safetensors"]
