@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from grn_lightning.functional.hbq import codes_to_bits, elements_to_codes
+
 
 def token_cross_entropy(
     logits: Float[Tensor, "b *shape k"], codes: Integer[Tensor, "b *shape"]
@@ -42,6 +44,44 @@ def token_accuracy(
     """
     is_right = logits.argmax(-1) == codes
     return is_right.view(len(codes), -1).float().mean(1)
+
+
+def round_accuracy(
+    predicted: Integer[Tensor, "b c *grid"],
+    true: Integer[Tensor, "b c *grid"],
+    *,
+    num_rounds: int,
+    target: str,
+) -> Float[Tensor, "b m"]:
+    """Return the share of right bits of each sample, by round of the quantizer.
+
+    Args:
+        predicted: The most probable elements.
+        true: The true ones.
+        num_rounds: Number of binary rounds ``M``.
+        target: "index" or "bit", what an element is.
+
+    Returns:
+        Shares in [0, 1], float32; round 0 holds the most significant bits.
+
+    Raises:
+        ValueError: If the target is unknown.
+
+    Example:
+        >>> import torch
+        >>> three, two = torch.tensor([[3]]), torch.tensor([[2]])
+        >>> round_accuracy(three, two, num_rounds=2, target="index")
+        tensor([[1., 0.]])
+    """
+    bits = [
+        codes_to_bits(
+            elements_to_codes(elements, num_rounds=num_rounds, target=target),
+            num_rounds=num_rounds,
+        )
+        for elements in (predicted, true)
+    ]
+    is_right = (bits[0] == bits[1]).unflatten(1, (num_rounds, -1))
+    return is_right.flatten(2).float().mean(2)
 
 
 def accuracy_by_time(

@@ -1,41 +1,16 @@
-"""What a traced refinement looks like: colours of elements, steps of the film, curves."""
+"""What `--trace` writes: a film of the steps, their curves, and the same samples as without."""
 
 import io
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image, ImageColor
+from PIL import Image
 
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.sample import sample
-from grn_lightning.scripts.traces import COLOURS, element_map
 from tests.scripts.conftest import Runs
 
 QUICK = RefineConfig(num_steps=3, guidance_scale=2.0)
-RGB = [torch.tensor(ImageColor.getrgb(colour)) for colour in COLOURS.values()]
-
-
-def one_hot_masks(kinds: torch.Tensor) -> list[torch.Tensor]:
-    return [kinds == n for n in range(4)]
-
-
-def test_every_element_has_its_place_and_colour() -> None:
-    kinds = torch.randint(0, 4, (8, 2, 3))
-    picture = element_map(one_hot_masks(kinds), 16)  # a board of 3 x 3 places of 5 pixels
-    assert picture.shape == (3, 32, 48)
-    for c, y, x in torch.ones(kinds.shape).nonzero().tolist():
-        row, column = 16 * y + 5 * (c // 3), 16 * x + 5 * (c % 3)
-        place = picture[:, row : row + 5, column : column + 5]
-        assert (place == RGB[kinds[c, y, x]].view(3, 1, 1)).all()
-    assert (picture[:, 15::16] == 255).all()
-
-
-def test_small_squares_show_the_mean() -> None:
-    kinds = torch.tensor([0, 0, 1, 3]).view(4, 1, 1)
-    picture = element_map(one_hot_masks(kinds), 4)
-    mean = torch.stack([RGB[n] for n in (0, 0, 1, 3)]).float().mean(0).round()
-    assert (picture == mean.view(3, 1, 1)).all()
 
 
 @pytest.mark.parametrize("kind", ["text", "classes"])

@@ -1,0 +1,502 @@
+"""Looking into a generator: what a refinement does step by step, and what the network knows.
+
+Two looks. `inspect_refinement` draws samples and keeps what every step did to every element, how
+uncertain the prediction was, and how much of the sample changed. `inspect_accuracy` shows the
+network held-out maps, corrupted as in training at times spread evenly over [0, 1], and counts which
+bits it gets right.
+
+    inspection = inspect_refinement(pipeline, [3, 7], torch.arange(2), size=(1, 32, 32))
+    inspection.entropy            # (steps, samples)
+    inspection.shares             # (steps, samples, 4)
+    inspection.elements_figure()  # a PIL picture, which a notebook shows
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from grn_lightning.functional import (
+    Stream,
+    corrupt,
+    counter_uniform,
+    keep_mask,
+    random_codes,
+    round_accuracy,
+    token_accuracy,
+    token_cross_entropy,
+)
+from grn_lightning.media.figures import area_figure, bar_figure, line_figure
+from grn_lightning.media.heat_maps import heat_map
+from grn_lightning.media.images import to_uint8
+from grn_lightning.media.refinement import COLOURS, StepView, shown_latents, step_page, step_strip
+from grn_lightning.metrics.rounds import RoundAccuracy, RoundAccuracyResult
+from grn_lightning.models.grn_text import FirstFrameCondition
+from grn_lightning.pipelines.conditions import Condition
+from grn_lightning.pipelines.generator import GeneratorPipeline
+from grn_lightning.samplers import RefineConfig, select_rows
+from grn_lightning.samplers.calibration import steps_of
+from grn_lightning.samplers.stopping import AdaptiveSteps
+from grn_lightning.samplers.trace import SampleTrace, Trace
+
+STATES = tuple(COLOURS)
+"""Names of the states of an element; a state is a place in this tuple."""
+
+OVER = len(STATES)
+"""State of all elements at steps that a sample did not take any more."""
+
+DECISION_STEP = AdaptiveSteps.decision_step
+"""Step, from 0, at which complexity is read where no rule says otherwise; the published one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """Some samples and how they came about; `n` steps of the longest, `b` samples."""
+
+    traces: tuple[SampleTrace, ...]
+    """What was seen of every sample."""
+    labels: tuple[str, ...]
+    """What was asked for."""
+    sample_index: Tensor
+    """`(b,)` long."""
+    config: RefineConfig
+    """Steps, guidance and temperature."""
+    alphabet_size: int
+    """Values `k` of an element."""
+
+    # --- numbers ----------------------------------------------------------------------------------
+
+    @cached_property
+    def num_steps(self) -> Tensor:
+        """`(b,)` long: steps that each sample took."""
+        return torch.tensor([trace.num_steps for trace in self.traces])
+
+    def _by_step(self, name: str) -> Tensor:
+        """`(n, b)` float, NaN behind the last step of a sample."""
+        values = torch.full((int(self.num_steps.max()), len(self.traces)), math.nan)
+        for row, trace in enumerate(self.traces):
+            values[: trace.num_steps, row] = getattr(trace, name)
+        return values
+
+    @cached_property
+    def t(self) -> Tensor:
+        """`(n, b)`: time at which the generator was asked; NaN behind the last step."""
+        return self._by_step("t")
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """`(n, b)` in [0, 1]: mean normalized entropy of the conditional prediction; NaN behind."""
+        return self._by_step("entropy")
+
+    @cached_property
+    def flips(self) -> Tensor:
+        """`(n, b)` in [0, 1]: share of elements that differ from the complete sample before."""
+        return self._by_step("flips")
+
+    @cached_property
+    def states(self) -> Tensor:
+        """`(n, b, c, *grid)` uint8: places in `STATES`; `OVER` behind the last step of a sample."""
+        first = self.traces[0].codes
+        shape = (int(self.num_steps.max()), len(self.traces), *first.shape[1:])
+        states = torch.full(shape, OVER, dtype=torch.uint8)
+        for row, trace in enumerate(self.traces):
+            states[: trace.num_steps, row] = _states_of(trace)
+        return states
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """`(n, b, 4)` in [0, 1]: share of the elements in every state; NaN behind."""
+        flat = self.states.flatten(2)
+        shares = torch.stack([(flat == n).float().mean(2) for n in range(OVER)], dim=2)
+        return shares.masked_fill((flat[:, :, :1] == OVER), math.nan)
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """`(b, c, *grid)` long: the samples."""
+        return torch.stack([trace.codes[-1] for trace in self.traces])
+
+    @property
+    def bits(self) -> Tensor:
+        """`(n, b)`: bits of a sample that the prediction leaves open, element by element."""
+        return self.entropy * self.codes[0].numel() * math.log2(self.alphabet_size)
+
+    def complexity(self, step: int | None = None) -> Tensor:
+        """Return how uncertain a step left the generator: what adaptive steps decide from.
+
+        Args:
+            step: Number of the step, from 0; None takes the rule's, else `DECISION_STEP`, or the
+                last one of walks that are shorter.
+
+        Returns:
+            `(b,)` float in [0, 1].
+
+        Raises:
+            ValueError: If a sample did not get that far.
+        """
+        if step is None:
+            rule = self.config.adaptive
+            wanted = DECISION_STEP if rule is None else rule.decision_step
+            step = min(wanted, int(self.num_steps.min()) - 1)
+        if not 0 <= step < int(self.num_steps.min()):
+            raise ValueError(
+                f"`step` must be in [0, {int(self.num_steps.min())}), the steps that all samples "
+                f"took, got {step}."
+            )
+        return self.entropy[step]
+
+    def steps_under(self, rule: AdaptiveSteps) -> Tensor:
+        """Return how many steps a rule would have given to each sample, `(b,)` long.
+
+        Until its decision step a walk is the same with and without a rule, so nothing is drawn.
+
+        Raises:
+            ValueError: If the rule decides later than a sample got, or contradicts the walk.
+        """
+        issues = rule.issues(self.config.num_steps)
+        if issues:
+            raise ValueError("AdaptiveSteps: " + "; ".join(issues) + ".")
+        return steps_of(rule, self.complexity(rule.decision_step), self.config.num_steps)
+
+    def steps_histogram(self, rule: AdaptiveSteps | None = None) -> Tensor:
+        """Return how many samples took 0, 1, ... steps, `(num_steps + 1,)` long.
+
+        Args:
+            rule: Count the steps that it would have given; None counts those that were taken.
+        """
+        steps = self.num_steps if rule is None else self.steps_under(rule)
+        return torch.bincount(steps, minlength=self.config.num_steps + 1)
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def entropy_figure(self) -> Image.Image:
+        """Draw the entropy of every sample by step, and their mean."""
+        return line_figure(
+            self._named(self.entropy),
+            title="entropy of the prediction, share of the largest",
+            x_label="step",
+            y_limits=(0.0, 1.02),
+            mean=True,
+        )
+
+    def flips_figure(self) -> Image.Image:
+        """Draw the share of changed elements of every sample by step, and their mean."""
+        return line_figure(
+            self._named(self.flips),
+            title="share of elements that a step changes",
+            x_label="step",
+            y_limits=(0.0, 1.02),
+            mean=True,
+        )
+
+    def elements_figure(self) -> Image.Image:
+        """Draw the mean shares of filled, kept, erased and blank elements by step."""
+        means = self.shares.nanmean(1)
+        shares = {name: means[:, n] for n, name in enumerate(STATES)}
+        title = "what steps do to elements, mean share"
+        return area_figure(shares, COLOURS, title=title, x_label="step")
+
+    def complexity_figure(self, step: int | None = None) -> Image.Image:
+        """Draw the complexity of every sample, the simplest first."""
+        values, order = self.complexity(step).sort()
+        names = [str(int(self.sample_index[row])) for row in order]
+        return bar_figure(
+            {"complexity": values},
+            names,
+            title="complexity: entropy at the decision step",
+            x_label="sample, simplest first",
+        )
+
+    def steps_figure(self, rule: AdaptiveSteps | None = None) -> Image.Image:
+        """Draw how many samples took how many steps."""
+        counts = self.steps_histogram(rule)
+        used = counts.nonzero().flatten()
+        first, last = int(used[0]), int(used[-1])
+        return bar_figure(
+            {"samples": counts[first : last + 1]},
+            [str(n) for n in range(first, last + 1)],
+            title="samples by number of steps",
+            x_label="steps",
+        )
+
+    def pages(self, pipeline: GeneratorPipeline, row: int = 0) -> list[Image.Image]:
+        """Draw a sample step by step, decoded, above the map of its elements; a film's frames."""
+        return trace_pages(pipeline, self.traces[row], label=self.labels[row])
+
+    def strip(self, pipeline: GeneratorPipeline, row: int = 0, *, columns: int = 8) -> Image.Image:
+        """Draw some steps of a sample side by side, the first and the last among them."""
+        trace = self.traces[row]
+        count = min(columns, trace.num_steps)
+        steps = torch.linspace(0, trace.num_steps - 1, count).round().long().unique().tolist()
+        views = [_view(pipeline, trace, step, f"step {step + 1}") for step in steps]
+        return step_strip(views, label=self.labels[row])
+
+    def _named(self, values: Tensor) -> dict[str, Tensor]:
+        names = zip(self.labels, self.sample_index.tolist(), values.unbind(1), strict=True)
+        return {f"{number}: {label}": curve for label, number, curve in names}
+
+
+def _states_of(trace: SampleTrace) -> Tensor:
+    """`(n, c, *grid)` uint8: places in `STATES`."""
+    return torch.stack([*trace.masks]).to(torch.uint8).argmax(0).to(torch.uint8)
+
+
+def _view(pipeline: GeneratorPipeline, trace: SampleTrace, step: int, text: str) -> StepView:
+    codes = trace.codes[step : step + 1].to(pipeline.device)
+    clip = to_uint8(pipeline.detokenize(codes)[0].cpu()).transpose(0, 1)  # (f, 3, h, w)
+    states = _states_of(trace)[step]
+    states = states if states.ndim == 4 else states.unsqueeze(1)  # (c, f', h', w')
+    latents = shown_latents(states.shape[1])
+    stride = pipeline.tokenizer.config.temporal_stride
+    return StepView(clip[[n * stride for n in latents]], states[:, latents], text)
+
+
+def trace_pages(
+    pipeline: GeneratorPipeline, trace: SampleTrace, *, label: str
+) -> list[Image.Image]:
+    """Draw every step of one sample: frames of the complete sample above the maps of its elements.
+
+    Args:
+        pipeline: Decodes the complete samples.
+        trace: What an observer has remembered.
+        label: What was asked for.
+
+    Returns:
+        One picture per step, all of one size.
+    """
+    return [
+        step_page(
+            _view(
+                pipeline,
+                trace,
+                step,
+                f"step {step + 1} of {trace.num_steps}   t = {float(trace.t[step]):.2f}   "
+                f"entropy {float(trace.entropy[step]):.2f}   "
+                f"changed {100 * float(trace.flips[step]):.0f} %",
+            ),
+            label=label,
+        )
+        for step in range(trace.num_steps)
+    ]
+
+
+def _asked(
+    pipeline: GeneratorPipeline, conditions: Condition | Sequence[str] | Sequence[int]
+) -> tuple[Condition, list[str] | None]:
+    """Return a condition and what to call its rows, if that is known."""
+    if isinstance(conditions, Tensor):
+        return conditions, [str(label) for label in conditions.tolist()]
+    if isinstance(conditions, FirstFrameCondition):
+        raise ValueError("a refinement that starts from a first frame cannot be inspected yet.")
+    if hasattr(conditions, "_fields"):
+        return cast(Condition, conditions), None
+    asked = list(cast(Sequence[str], conditions))
+    name = "captions" if pipeline.is_text else "class_labels"
+    return pipeline.condition({name: asked}), [str(one) for one in asked]
+
+
+@torch.no_grad()
+def inspect_refinement(
+    pipeline: GeneratorPipeline,
+    conditions: Condition | Sequence[str] | Sequence[int],
+    sample_index: Tensor,
+    *,
+    size: tuple[int, int, int],
+    config: RefineConfig | None = None,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
+) -> Inspection:
+    """Draw samples and keep everything that happens to them.
+
+    The samples are those that `GeneratorPipeline.draw` gives with the same arguments. A step takes
+    nine bytes per element in main memory, so this is for a few samples at a time.
+
+    Args:
+        pipeline: Networks to draw with.
+        conditions: Captions or classes, one per sample; or a condition of as many rows.
+        sample_index: `(b,)` long, no number twice.
+        size: Frames, height and width in pixels.
+        config: Steps, guidance, temperature; those of the pipeline by default.
+        seed: Seed of the job.
+        labels: What to call the samples; by default captions and classes.
+
+    Raises:
+        ValueError: If rows do not match, a number is there twice, or as in
+            `GeneratorPipeline.sample`.
+    """
+    if len(sample_index) == 0 or len(sample_index.unique()) < len(sample_index):
+        raise ValueError(
+            f"`sample_index` must hold different numbers, at least one, got "
+            f"{sample_index.tolist()}."
+        )
+    condition, known = _asked(pipeline, conditions)
+    names = labels or known or [str(number) for number in sample_index.tolist()]
+    if len(names) != len(sample_index):
+        raise ValueError(
+            f"`conditions` and `labels` need one entry per sample, {len(sample_index)}, got "
+            f"{len(names)}."
+        )
+    config = pipeline.sampling if config is None else config
+    trace = Trace()
+    pipeline.sample(
+        condition,
+        sample_index.to(pipeline.device),
+        grid=pipeline.latent_grid(*size),
+        config=config,
+        seed=seed,
+        observer=trace,
+    )
+    return Inspection(
+        traces=tuple(trace[number] for number in sample_index.tolist()),
+        labels=tuple(names),
+        sample_index=sample_index.cpu(),
+        config=config,
+        alphabet_size=pipeline.config.alphabet_size,
+    )
+
+
+# --- what the network knows -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def count_accuracy(
+    metric: RoundAccuracy,
+    pipeline: GeneratorPipeline,
+    elements: Tensor,
+    condition: Condition,
+    *,
+    sample_index: Tensor,
+    t: Tensor,
+    weights: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+) -> None:
+    """Show the network one batch of corrupted maps and count what it gets right.
+
+    Args:
+        metric: Where to count.
+        pipeline: Its generator is asked in the mode in which the caller left it.
+        elements: `(b, c, *grid)` long: true maps.
+        condition: `b` rows.
+        sample_index: `(b,)` long; names the noise of each sample.
+        t: `(b,)` float in [0, 1]: share of elements that are left as they are.
+        weights: `(b,)`; samples of weight 0 do not count.
+        seed: Seed of the noise.
+        step: Another number gives other noise.
+    """
+    shape = tuple(elements.shape[1:])
+
+    def uniform(stream: Stream) -> Tensor:
+        return counter_uniform(sample_index, seed=seed, step=step, stream=stream, shape=shape)
+
+    x_0 = random_codes(uniform(Stream.INITIAL), alphabet_size=pipeline.config.alphabet_size)
+    x_t = corrupt(elements, x_0, keep_mask(uniform(Stream.KEEP), t))
+    device, dtype = pipeline.device.type, pipeline.autocast
+    with nullcontext() if dtype is None else torch.autocast(device, dtype):
+        logits = pipeline.generator(x_t, t, condition)
+    by_round = round_accuracy(
+        logits.argmax(-1),
+        elements,
+        num_rounds=pipeline.tokenizer.config.num_rounds,
+        target=pipeline.target,
+    )
+    weights = torch.ones_like(t) if weights is None else weights
+    loss, accuracy = token_cross_entropy(logits, elements), token_accuracy(logits, elements)
+    metric.update(loss, accuracy, by_round, t, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class AccuracyInspection:
+    """What a generator gets right of held-out maps; `n` times, `m` rounds."""
+
+    t: Tensor
+    """`(n,)` float: share of elements that were left as they are."""
+    result: RoundAccuracyResult
+    """Loss and accuracy at these times."""
+
+    def figure(self) -> Image.Image:
+        """Draw the accuracy of every round by time."""
+        return accuracy_figure(self.result)
+
+    def map(self) -> Image.Image:
+        """Draw the accuracy of rounds (rows) and times (columns) as colours."""
+        return heat_map(
+            self.result.by_round.t(),
+            title="share of right bits",
+            rows=[f"round {number}" for number in range(self.result.by_round.shape[1])],
+            x_label="bin of t, from noise to data",
+            limits=(0.5, 1.0),
+        )
+
+
+def accuracy_figure(result: RoundAccuracyResult) -> Image.Image:
+    """Draw the accuracy of every round by time; chance is 0.5."""
+    num_bins, num_rounds = result.by_round.shape
+    return line_figure(
+        {f"round {number}": result.by_round[:, number] for number in range(num_rounds)},
+        title="right bits of held-out samples, by round",
+        x_label="t (0 noise, 1 data)",
+        x=(torch.arange(num_bins) + 0.5) / num_bins,
+        y_limits=(0.45, 1.01),
+    )
+
+
+@torch.no_grad()
+def inspect_accuracy(
+    pipeline: GeneratorPipeline,
+    elements: Tensor,
+    conditions: Condition | Sequence[str] | Sequence[int],
+    sample_index: Tensor | None = None,
+    *,
+    num_times: int = 10,
+    seed: int = 0,
+    max_batch: int = 64,
+) -> AccuracyInspection:
+    """Count what a generator gets right of true maps at evenly spread times.
+
+    Every map is corrupted at every time, as in training, with noise of its own.
+
+    Args:
+        pipeline: Networks to look into.
+        elements: `(b, c, *grid)` long, from `GeneratorPipeline.tokenize`.
+        conditions: As in `inspect_refinement`.
+        sample_index: `(b,)` long, names the noise; None counts from 0.
+        num_times: Times, the middles of so many equal parts of [0, 1].
+        seed: Seed of the noise.
+        max_batch: Most maps in one call.
+
+    Raises:
+        ValueError: If `num_times` or `max_batch` is smaller than 1.
+    """
+    if num_times < 1 or max_batch < 1:
+        raise ValueError(
+            f"`num_times` and `max_batch` must be at least 1, got {num_times} and {max_batch}."
+        )
+    condition, _ = _asked(pipeline, conditions)
+    device = pipeline.device
+    index = torch.arange(len(elements)) if sample_index is None else sample_index
+    times = (torch.arange(num_times) + 0.5) / num_times
+    metric = RoundAccuracy(num_rounds=pipeline.tokenizer.config.num_rounds, num_bins=num_times).to(
+        device
+    )
+    for start in range(0, len(elements), max_batch):
+        rows = slice(start, start + max_batch)
+        part = elements[rows].to(device)
+        for step, t in enumerate(times.tolist()):
+            count_accuracy(
+                metric,
+                pipeline,
+                part,
+                cast(Condition, select_rows(condition, rows)),
+                sample_index=index[rows].to(device),
+                t=torch.full((len(part),), t, device=device),
+                seed=seed,
+                step=step,
+            )
+    result = metric.compute()
+    return AccuracyInspection(times, RoundAccuracyResult(*(part.cpu() for part in result)))
