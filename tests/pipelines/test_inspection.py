@@ -9,15 +9,15 @@ from PIL import ImageColor
 from grn_lightning.functional import codes_to_bits, elements_to_codes, pairwise_difference
 from grn_lightning.media.refinement import COLOURS
 from grn_lightning.metrics.rounds import RoundAccuracy
-from grn_lightning.pipelines import inspection as inspection_module
+from grn_lightning.pipelines import knowledge
 from grn_lightning.pipelines.inspection import (
     OVER,
     STATES,
     Inspection,
-    count_accuracy,
     inspect_accuracy,
     inspect_refinement,
 )
+from grn_lightning.pipelines.knowledge import count_accuracy
 from grn_lightning.samplers import AdaptiveSteps, RefineConfig
 from tests.pipelines.conftest import Build
 
@@ -255,9 +255,7 @@ def test_the_map_of_rounds_has_a_row_for_each(
 ) -> None:
     found = inspect_accuracy(build("class"), torch.randint(2, (2, 8, 2, 2)), [1, 2], num_times=3)
     drawn: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        inspection_module, "heat_map", lambda values, **rest: drawn.append((values, rest))
-    )
+    monkeypatch.setattr(knowledge, "heat_map", lambda values, **rest: drawn.append((values, rest)))
     found.map()
     [(values, rest)] = drawn
     assert values.equal(found.result.by_round.t())
