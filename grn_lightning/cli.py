@@ -39,6 +39,8 @@ TOOLS = {
     "edit": "inpaint, outpaint, extend, vary or swap prompts of given or drawn pictures and clips",
     "replay": "make a picture or clip again from what it says about itself",
     "evaluate": "judge a trained tokenizer or generator on held-out data",
+    "evaluate geneval": "draw what GenEval scores, in the folders that it reads",
+    "evaluate vbench": "draw what VBench scores, in the folder that it reads",
     "export": "write a trained network as one safetensors file and one JSON",
     "convert": "turn published weights into an export, and back",
     "bench quantizers": "train HBQ and its alternatives at equal bits, and compare them",
@@ -47,7 +49,15 @@ TOOLS = {
 }
 
 # Commands that keep what they have finished and pass over it the next time.
-RESUMABLE = {"predict", "shards", "encode", "bench quantizers", "bench generators"}
+RESUMABLE = {
+    "predict",
+    "shards",
+    "encode",
+    "evaluate geneval",
+    "evaluate vbench",
+    "bench quantizers",
+    "bench generators",
+}
 
 
 def help_text() -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -123,6 +124,30 @@ def environment(device: torch.device) -> dict[str, str]:
     return facts
 
 
+def code_version() -> dict[str, Any]:
+    """Return version and, in a checkout, commit of this package, and whether it was changed since.
+
+    An installed package has no commit.
+    """
+    here = Path(__file__).parents[2]
+    facts: dict[str, Any] = {"version": _version("grn-lightning")}
+    if not (here / ".git").exists():
+        return facts
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", "grn_lightning")
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of somebody else
+        return facts
+    return facts | {"commit": commit, "changed": bool(changed)}
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
 def now() -> str:
     """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -150,7 +175,7 @@ def command_line(tool: Callable[..., Any], given: Mapping[str, Any]) -> str:
         >>> command_line(draw, {"run": "a b", "seed": 3, "size": 32})
         "grn draw 'a b' --seed=3"
     """
-    words = ["grn", tool.__name__]
+    words = ["grn", *tool.__name__.split("_")]
     for name, parameter in inspect.signature(tool).parameters.items():
         value, default = given[name], parameter.default
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
