@@ -80,13 +80,31 @@ def _run_trainer(*, run: bool = True) -> Any:
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from grn_lightning.lit.callbacks import Preflight
+    from grn_lightning.lit.callbacks import KeyHash, Preflight, StopOnSignal
+    from grn_lightning.lit.callbacks.resume import SameStart, SaveSettings
     from grn_lightning.lit.checkpoints import whole_checkpoint
+    from grn_lightning.lit.resume import RESUME_HELP, choose, go_on_in_place
+
+    same_start, stop = SameStart(), StopOnSignal()
 
     class GRNCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: Any) -> None:
             """Let every training check itself; `--preflight.enabled=false` turns it off."""
             parser.add_lightning_class_args(Preflight, "preflight")
+            parser.add_argument("--resume", type=str | None, default=None, help=RESUME_HELP)
+
+        def before_fit(self) -> None:
+            """Find what to go on from, before anything is written."""
+            options = self.config_init["fit"]
+            mode, path = options["resume"], options["ckpt_path"]
+            stop.requeue = mode not in (None, "none")
+            if stop.requeue and path is not None:
+                raise ValueError(f"give either `resume` ('{mode}') or `ckpt_path` ('{path}').")
+            saved = choose(mode, self.trainer, self.model)
+            if saved is not None:
+                go_on_in_place(self.trainer, saved)
+                options["ckpt_path"] = str(saved.path)
+            same_start.ckpt_path = options["ckpt_path"]
 
         def _parse_ckpt_path(self) -> None:
             """Look for the file; Lightning would let its settings beat the command line."""
@@ -112,6 +130,8 @@ def _run_trainer(*, run: bool = True) -> Any:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs=parser_kwargs,
+            trainer_defaults={"callbacks": [same_start, KeyHash(), stop]},
+            save_config_callback=SaveSettings,
             run=run,
         )
     except MisconfigurationException as error:  # what Lightning calls a ValueError of settings
@@ -239,13 +259,17 @@ def main() -> Any:
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's graceful shutdown
             raise _interrupted(name) from error
+        if message := getattr(error, "message", ""):  # a signal, see StopOnSignal
+            sys.stderr.write(f"\ngrn: {message}\n")
         raise
 
 
 def _interrupted(name: str) -> SystemExit:
     """Say how an interrupted command goes on; 130 is what shells expect after Ctrl-C."""
     if name == "fit":
-        advice = "checkpoints are whole: go on from the last by `--ckpt_path` and the run's folder."
+        advice = (
+            "checkpoints are whole: the same command with `--resume auto` goes on from the last."
+        )
     elif name in RESUMABLE:
         advice = "the same command goes on where it stopped."
     else:

@@ -27,6 +27,7 @@ _TOP_LEVEL = (
     "trainer",
     "preflight",
     "seed_everything",
+    "resume",
     "ckpt_path",
     "weights_only",
 )

@@ -334,4 +334,4 @@ def test_an_interrupted_training_names_its_checkpoint(
     with pytest.raises(SystemExit) as stop:
         call_grn("fit")
     assert stop.value.code == 130
-    assert "go on from the last by `--ckpt_path` and the run's folder." in capsys.readouterr().err
+    assert "the same command with `--resume auto` goes on" in capsys.readouterr().err

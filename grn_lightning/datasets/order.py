@@ -9,9 +9,10 @@ The permutations are sorted raw 64-bit words of Philox: unlike `Generator.permut
 fixed by the algorithm and not by the version of numpy.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -269,6 +270,34 @@ class TrainingOrder:
         indices = self.sources[source].order.indices(position.samples[source] + rank * size, size)
         first = position.num_samples + rank * size
         return [SampleRequest(first + i, source, int(k)) for i, k in enumerate(indices)]
+
+
+# --- what was read, in a few digits ---------------------------------------------------------------
+
+HASH_RANGE = 2**64
+"""Fingerprints of samples are below it."""
+
+
+def hash_of_place(number: int, key: str) -> int:
+    """Return 64 bits that tell a sample at its running number from all others."""
+    return int.from_bytes(blake2b(f"{number}:{key}".encode(), digest_size=8).digest(), "little")
+
+
+def hash_of_places(numbers: Iterable[int], keys: Iterable[str]) -> int:
+    """Return the fingerprint of samples, each at its running number.
+
+    It is the sum of their hashes: the same in any order, and fingerprints of parts add up, so that
+    ranks, steps and interruptions may divide the samples as they like. A sample that is missing,
+    comes twice or changes places with another one changes it.
+
+    Args:
+        numbers: Running numbers, as in `SampleRequest`.
+        keys: Names of the samples.
+
+    Returns:
+        A number in ``[0, HASH_RANGE)``.
+    """
+    return sum(hash_of_place(n, key) for n, key in zip(numbers, keys, strict=True)) % HASH_RANGE
 
 
 # --- what a loader asks for -----------------------------------------------------------------------
