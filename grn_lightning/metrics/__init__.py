@@ -5,10 +5,11 @@ from grn_lightning.metrics.codes import CodeReport as CodeReport
 from grn_lightning.metrics.codes import CodeStatistics as CodeStatistics
 from grn_lightning.metrics.digits import DIRECTIONS as DIRECTIONS
 from grn_lightning.metrics.digits import DigitJudge as DigitJudge
-from grn_lightning.metrics.fid import FeatureExtractor as FeatureExtractor
+from grn_lightning.metrics.features import FeatureExtractor as FeatureExtractor
+from grn_lightning.metrics.features import Features as Features
 from grn_lightning.metrics.fid import FrechetDistance as FrechetDistance
-from grn_lightning.metrics.fid import InceptionFeatures as InceptionFeatures
 from grn_lightning.metrics.fid import fid_tag as fid_tag
+from grn_lightning.metrics.inception import InceptionFeatures as InceptionFeatures
 from grn_lightning.metrics.protocols import CONVENTIONS as CONVENTIONS
 from grn_lightning.metrics.protocols import METRICS as METRICS
 from grn_lightning.metrics.protocols import Measurement as Measurement

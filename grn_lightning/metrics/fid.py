@@ -5,53 +5,114 @@ Both sets are summarized by mean and covariance of their features:
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 
 The number depends on the features more than on anything else, so the extractor is an argument and
-its name belongs to every number: `fid[inception-2015-12-05]`, `fid[digits-cnn]`. torchmetrics holds
-the sums and the formula; here are the clips, the weights, and what happens on processes without
-samples.
+its name belongs to every number: `fid[torch_fidelity]`, `fid[digits-cnn]`. torchmetrics holds the
+sums; here are the clips, the root by symmetric eigenvalues, reference statistics in place of a real
+set, and what happens on processes without samples.
 """
 
-from pathlib import Path
-from typing import Protocol
+from functools import lru_cache
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.fid import FrechetInceptionDistance
 
-from grn_lightning.media.images import to_uint8
-
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-"""File of the Inception weights in torch-fidelity's release, converted from the TensorFlow graph of
-2015-12-05 with which published FIDs are computed."""
-
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + INCEPTION_FILE
+from grn_lightning.functional.distances import frechet_distance
+from grn_lightning.metrics.features import extract, protocol_of, require_extractor
+from grn_lightning.metrics.protocols import Measurement
+from grn_lightning.metrics.reference import (
+    Moments,
+    ReferenceStatistics,
+    check_features,
+    moments_of_sums,
 )
 
-
-class FeatureExtractor(Protocol):
-    """What a distance asks of its features; a `torch.nn.Module` besides."""
-
-    name: str
-    """Part of the name of every number."""
-
-    num_features: int
-    """Width of the features."""
-
-    def __call__(self, clips: Tensor, /) -> Tensor:
-        """Map clips `(b, 3, f, h, w)` in [-1, 1] to features `(n, num_features)`, where n is b for
-        an extractor of clips and `b f` for an extractor of pictures.
-        """
+_MAX_ERROR = 1e-8  # relative, of distances with known answers
+_CHECKED_FEATURES = 64
 
 
 def fid_tag(name: str) -> str:
-    """Return the name of a distance with the features `name`.
+    """Return the name of a distance with the features `name` in the curves of a training.
 
     Example:
         >>> fid_tag("digits-cnn")
         'fid[digits-cnn]'
     """
     return f"fid[{name}]"
+
+
+# --- the solver, and how much it can be trusted ---------------------------------------------------
+
+
+def _known_distances(device: torch.device) -> list[tuple[float, float]]:
+    """Return computed and true distances of Gaussians that can be worked out by hand."""
+    d = _CHECKED_FEATURES
+    rng = torch.Generator().manual_seed(0)
+    normal = torch.randn(d, d + 2, generator=rng, dtype=torch.float64).to(device)
+    turn = torch.linalg.qr(normal[:, :d]).Q
+    gap, (u, v) = normal[:, 0], normal[:, -2:].T
+    zero = torch.zeros_like(gap)
+    a, b = (torch.logspace(0, end, d, dtype=torch.float64, device=device) for end in (-4.0, 1.0))
+    rotated = [(turn * values) @ turn.T for values in (a, b)]
+    pair = torch.eye(d, dtype=torch.float64, device=device)
+    tilted = pair.clone()
+    pair[0, 0], tilted[:2, :2] = 4.0, torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    # The root of a 2 x 2 matrix M has the trace sqrt(tr M + 2 sqrt(det M)); M is [[8, 4], [1, 3]].
+    root = (11 + 2 * 20**0.5) ** 0.5
+    return [
+        (  # matrices with common axes
+            float(frechet_distance(gap, rotated[0], zero, rotated[1])),
+            float(gap.dot(gap) + (a.sqrt() - b.sqrt()).square().sum()),
+        ),
+        (  # two samples each: rank one
+            float(frechet_distance(zero, torch.outer(u, u), zero, torch.outer(v, v))),
+            float(u.dot(u) + v.dot(v) - 2 * u.dot(v).abs()),
+        ),
+        (  # matrices that do not commute
+            float(frechet_distance(zero, pair, zero, tilted)),
+            10 - 2 * root,
+        ),
+    ]
+
+
+@lru_cache
+def check_solver(device: str = "cpu") -> None:
+    """Compute distances that are known, once per kind of device, before the first unknown one.
+
+    Some builds of linear algebra return wrong roots without a word, and FIDs of 20 instead of 5.
+
+    Raises:
+        RuntimeError: If a distance is wrong.
+    """
+    for found, expected in _known_distances(torch.device(device)):
+        if not abs(found - expected) <= _MAX_ERROR * abs(expected):
+            raise RuntimeError(
+                f"the linear algebra of this installation is wrong on {device!r}: a Frechet "
+                f"distance that must be {expected:.12g} comes out as {found:.12g}. No distance is "
+                "computed with it; try another build of torch, or the other device."
+            )
+
+
+def distance_of_moments(first: Moments, second: Moments) -> Tensor:
+    """Return the Frechet distance of two summaries, float64, by a solver that was checked."""
+    check_solver(first.mean.device.type)
+    mean, covariance = (one.to(first.mean.device) for one in second[:2])
+    return frechet_distance(first.mean, first.covariance, mean, covariance)
+
+
+def caveats_of(samples: Moments, reference: Moments) -> tuple[str, ...]:
+    """Return what a reader of a Frechet distance should know, a sentence each."""
+    found, width = [], len(samples.mean)
+    if samples.num_samples <= width:
+        found.append(
+            f"{samples.num_samples} samples span at most {samples.num_samples - 1} of {width} "
+            "features: the distance is too large, and comparable at the same number only"
+        )
+    if float(samples.covariance.trace()) < 1e-6 * float(reference.covariance.trace()):
+        found.append("all samples have nearly the same features: the generator has collapsed")
+    return tuple(found)
+
+
+# --- the metric -----------------------------------------------------------------------------------
 
 
 class _PassFeatures(nn.Module):
@@ -75,26 +136,35 @@ class FrechetDistance(FrechetInceptionDistance):
         extractor: A module that is a `FeatureExtractor`; used in evaluation mode, without gradient.
         reset_real_features: Whether `reset` forgets the real set too. The validation set stays the
             same, so by default it is kept and needs to be added once.
+        reference: Statistics in place of a real set; the same on all processes, and counted once.
+
+    Raises:
+        ValueError: If the extractor has no name or width, or the reference was made by another.
     """
 
-    def __init__(self, extractor: nn.Module, *, reset_real_features: bool = False) -> None:
-        extractor_name, num_features = (
-            getattr(extractor, key, None) for key in ("name", "num_features")
-        )
-        if not isinstance(extractor_name, str) or not isinstance(num_features, int):
-            raise ValueError(
-                "a feature extractor must have a name (str) and num_features (int), "
-                f"{type(extractor).__name__} has {extractor_name!r} and {num_features!r}."
-            )
+    def __init__(
+        self,
+        extractor: nn.Module,
+        *,
+        reset_real_features: bool = False,
+        reference: ReferenceStatistics | None = None,
+    ) -> None:
+        name, num_features = require_extractor(extractor)
         super().__init__(_PassFeatures(num_features), reset_real_features=reset_real_features)
-        self.extractor_name = extractor_name
+        self.extractor_name = name
         self.extractor = extractor
+        self.reference = reference
+        if reference is not None:
+            reference.require(protocol_of(extractor))
+            require_width(reference, num_features)
+        self.caveats: tuple[str, ...] = ()
+        self.num_compared = 0
         # Else it is set by `update`, and `compute` fails on a process that had no sample.
         self.orig_dtype = torch.float64
 
     @property
     def tag(self) -> str:
-        """Name of the number."""
+        """Name of the number in the curves of a training."""
         return fid_tag(self.extractor_name)
 
     def update(self, clips: Tensor, real: bool, weights: Tensor | None = None) -> None:
@@ -104,12 +174,20 @@ class FrechetDistance(FrechetInceptionDistance):
             clips: `(b, 3, f, h, w)` in [-1, 1].
             real: Which set; the generated one if False.
             weights: `(b,)`; a clip of weight 0 is padding and left out, all others count once.
+
+        Raises:
+            ValueError: If features are not finite, or real clips come beside a reference.
         """
+        if real and self.reference is not None:
+            raise ValueError(
+                f"{self.tag} compares with {self.reference.label}; it takes no real clips besides."
+            )
         if weights is not None:
             clips = clips[weights > 0]
         if len(clips):
-            # A metric inside a LightningModule is switched to training with it.
-            super().update(self.extractor.eval()(clips).double(), real=real)
+            features = extract(self.extractor, clips).pooled.double()
+            check_features(features, len(self.real_features_sum))
+            super().update(features, real=real)
 
     def compute(self) -> Tensor:
         """Return the distance, float64.
@@ -118,70 +196,41 @@ class FrechetDistance(FrechetInceptionDistance):
             ValueError: If one of the sets has fewer than two samples.
         """
         counts = int(self.real_features_num_samples), int(self.fake_features_num_samples)
-        if min(counts) < 2:
+        if counts[1] < 2 or (counts[0] < 2 and self.reference is None):
             raise ValueError(
                 f"{self.tag} must have at least 2 samples in each set, got {counts[0]} real and "
                 f"{counts[1]} generated ones."
             )
-        return super().compute()
+        samples = moments_of_sums(self.fake_features_sum, self.fake_features_cov_sum, counts[1])
+        if self.reference is None:
+            real = moments_of_sums(self.real_features_sum, self.real_features_cov_sum, counts[0])
+        else:
+            real = self.reference.moments
+        self.caveats, self.num_compared = caveats_of(samples, real), counts[1]
+        return distance_of_moments(samples, real)
+
+    def measure(self, *, metric: str = "fid", reference: str = "") -> Measurement:
+        """Compute the distance and return it with its protocol.
+
+        Args:
+            metric: What it is called: "fid", or "rfid", "fvd", "rfvd".
+            reference: Name of the real set; that of the statistics if there are any.
+        """
+        value = float(self.compute())
+        name = reference if self.reference is None else self.reference.label
+        protocol = protocol_of(self.extractor, num_samples=self.num_compared, reference=name)
+        return Measurement(metric=metric, value=value, protocol=protocol, caveats=self.caveats)
 
 
-def _cached_inception() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-
-
-def _find_inception(weights_path: Path | str | None, *, allow_download: bool) -> Path:
-    path = _cached_inception() if weights_path is None else Path(weights_path)
-    if path.is_file():
-        return path
-    if weights_path is None and allow_download:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(INCEPTION_URL, str(path), "6726825d", progress=False)
-        return path
-    raise ValueError(
-        f"weights_path must be the file {INCEPTION_FILE} (96 MB), but there is none at {path}. "
-        f"Fetch it from {INCEPTION_URL}, or pass allow_download=True without a path."
-    )
-
-
-class InceptionFeatures(nn.Module):
-    """The 2048 features of published FIDs, of every frame.
-
-    Frames become uint8 as they would in a file: clamped, scaled and *rounded* to the nearest of 256
-    levels (truncation, which is also found, shifts the number). They are scaled to 299x299 without
-    antialiasing, like the graph of 2015 does it.
-
-    A clip of f frames counts as f pictures. That says nothing about motion; it is the usual FID of
-    frames, and for images (f = 1) the usual FID.
-
-    Args:
-        weights_path: The file of torch-fidelity's release; torch hub's cache if None.
-        allow_download: Whether a file that the cache lacks may be fetched. Never without asking.
+def require_width(reference: ReferenceStatistics, num_features: int) -> None:
+    """Refuse statistics of features of another width.
 
     Raises:
-        ValueError: If there is no such file, or if it holds more than tensors.
+        ValueError: With both widths.
     """
-
-    name = "inception-2015-12-05"
-    num_features = 2048
-
-    def __init__(
-        self, weights_path: Path | str | None = None, *, allow_download: bool = False
-    ) -> None:
-        super().__init__()
-        path = _find_inception(weights_path, allow_download=allow_download)
-        try:
-            # torch-fidelity unpickles without restraint, so look first.
-            torch.load(path, map_location="meta", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path} must be a plain state dict of tensors, but does not load as one; fetch it "
-                f"again from {INCEPTION_URL}."
-            ) from error
-        self.network = NoTrainInceptionV3(
-            "inception-v3-compat", [str(self.num_features)], str(path), antialias=False
+    width = len(reference.moments.mean)
+    if width != num_features:
+        raise ValueError(
+            f"reference {reference.label} is about {width} features, the extractor has "
+            f"{num_features}; they are not of one kind."
         )
-
-    def forward(self, clips: Tensor) -> Tensor:
-        """Map clips `(b, 3, f, h, w)` in [-1, 1] to the features of all frames, `(b f, 2048)`."""
-        return self.network(to_uint8(rearrange(clips, "b c f h w -> (b f) c h w")))
