@@ -39,12 +39,14 @@ TOOLS = {
     "edit": "inpaint, outpaint, extend, vary or swap prompts of given or drawn pictures and clips",
     "replay": "make a picture or clip again from what it says about itself",
     "evaluate": "judge a trained tokenizer or generator on held-out data",
+    "evaluate samples": "draw any number of samples, on any number of processes, and judge the set",
     "evaluate geneval": "draw what GenEval scores, in the folders that it reads",
     "evaluate vbench": "draw what VBench scores, in the folder that it reads",
     "export": "write a trained network as one safetensors file and one JSON",
     "convert": "turn published weights into an export, and back",
     "bench quantizers": "train HBQ and its alternatives at equal bits, and compare them",
     "bench generators": "train plain, coarse-to-fine and refining generators, and compare them",
+    "bench fine": "decode the same coarse maps by stage 2 and without it, and compare",
     "report": "write a self-contained HTML report of trained runs",
 }
 
@@ -53,6 +55,7 @@ RESUMABLE = {
     "predict",
     "shards",
     "encode",
+    "evaluate samples",
     "evaluate geneval",
     "evaluate vbench",
     "bench quantizers",
@@ -84,10 +87,16 @@ def _run_trainer(*, run: bool = True) -> Any:
     from grn_lightning.lit.callbacks.resume import SameStart, SaveSettings
     from grn_lightning.lit.checkpoints import whole_checkpoint
     from grn_lightning.lit.resume import RESUME_HELP, choose, go_on_in_place
+    from grn_lightning.lit.strategies import named_strategy
 
     same_start, stop = SameStart(), StopOnSignal()
 
     class GRNCLI(LightningCLI):
+        def instantiate_trainer(self, **settings: Any) -> L.Trainer:
+            """Take the strategies of `lit/strategies.py` by their names."""
+            name = self._get(self.config_init, "trainer.strategy")
+            return super().instantiate_trainer(strategy=named_strategy(name), **settings)
+
         def add_arguments_to_parser(self, parser: Any) -> None:
             """Let every training check itself; `--preflight.enabled=false` turns it off."""
             parser.add_lightning_class_args(Preflight, "preflight")

@@ -6,22 +6,30 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.datasets.shards import ShardSet
-from grn_lightning.functional import Stream, cluster_members, counter_uniform, hbq_decode
+from grn_lightning.functional import hbq_decode
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.media.images import to_uint8
 from grn_lightning.media.sheets import contact_sheet
 from grn_lightning.metrics.reconstruction import FramePSNR
 from grn_lightning.models.clusters import Clusters, fit_codewords, fit_latents, write_clusters
-from grn_lightning.models.coarse_split import PrefixSplit
+from grn_lightning.models.coarse_split import CoarseSplit, PrefixSplit
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.models.vq_tokenizer import VQTokenizer
 from grn_lightning.scripts.heldout import HeldOut, open_held_out
 from grn_lightning.scripts.runs import ClipSize, choose_device
+from grn_lightning.scripts.stand_ins import (
+    StandIn,
+    codeword_stand_ins,
+    latent_stand_ins,
+    prefix_stand_ins,
+    random_members,
+    random_places,
+    table_rows,
+)
 
 _NUM_SHOWN = 8
 _BATCH_SIZE = 64
@@ -148,56 +156,20 @@ def _codes_of(model: HBQTokenizer, samples: HeldOut) -> Tensor:
     return torch.cat([model.tokenize(batch["clips"].to(device)).cpu() for batch in samples])
 
 
-def _members_at(coarse: Tensor, cluster_of: Tensor, index: Tensor, seed: int) -> Tensor:
-    """Draw a member of the cluster at every position, all members alike.
-
-    Args:
-        coarse: `(b, 1, 1, h, w)` clusters.
-        cluster_of: `(k,)` cluster of each of the things that are drawn.
-        index: `(b,)` numbers of the samples.
-        seed: Seed of the draws.
-
-    Returns:
-        `(b, 1, 1, h, w)` in [0, k).
-    """
-    members = cluster_members(cluster_of, num_clusters=int(cluster_of.max()) + 1)
-    sizes = (members >= 0).sum(1)
-    shape = tuple(coarse.shape[1:])
-    u = counter_uniform(index, seed=seed, step=0, stream=Stream.DRAW, shape=shape)
-    place = (u * sizes[coarse.cpu()]).long()
-    return members[coarse.cpu(), place].to(coarse.device)
-
-
 def _codeword_arms(model: VQTokenizer, clusters: Clusters, seed: int) -> Iterator[tuple[str, Arm]]:
     cluster_of = clusters.cluster_of
     assert cluster_of is not None
-    count = len(clusters.centroids)
-    words = model.quantize.codewords().cpu()
-    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed))
-    distances = torch.cdist(clusters.centroids, words)
-    nearest = distances.masked_fill(cluster_of != torch.arange(count)[:, None], torch.inf).argmin(1)
+    order = torch.randperm(len(cluster_of), generator=torch.Generator().manual_seed(seed))
 
-    def look_up(table: Tensor, codes: Tensor) -> Tensor:
-        return table.to(codes.device)[codes]
-
-    def member_of(groups: Tensor) -> Arm:
-        return lambda codes, index: model.dequantize(
-            _members_at(look_up(groups, codes), groups, index, seed)
-        )
+    def of_groups(groups: Tensor, stand_in: StandIn) -> Arm:
+        return lambda codes, index: stand_in(groups.to(codes.device)[codes.squeeze(2)], index)
 
     yield "the code itself", lambda codes, index: model.dequantize(codes)
-    yield (
-        "centroid",
-        lambda codes, index: look_up(
-            normalize(clusters.centroids, dim=-1), look_up(cluster_of, codes.squeeze(1))
-        ).movedim(-1, 1),
-    )
-    yield (
-        "member nearest to the centroid",
-        lambda codes, index: model.dequantize(look_up(nearest, look_up(cluster_of, codes))),
-    )
-    yield "random member", member_of(cluster_of)
-    yield "random member of a random group", member_of(cluster_of[order])
+    for name, stand_in in codeword_stand_ins(model, clusters, seed=seed).items():
+        yield name, of_groups(cluster_of, stand_in)
+    groups = cluster_of[order]
+    random = random_members(model, groups, seed=seed)
+    yield "random member of a random group", of_groups(groups, random)
 
 
 def _latent_arms(
@@ -210,33 +182,22 @@ def _latent_arms(
     labels = split.coarse(codes.squeeze(2)).flatten()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
 
-    def at(table: Tensor, rows: Tensor) -> Tensor:
-        """Rows `(b, 1, h, w)` of a table of latents as `(b, d, 1, h, w)`."""
-        return table.to(rows.device)[rows].movedim(-1, 1)
-
     def member_of(groups: Tensor) -> Arm:
-        return lambda codes, index: at(
-            vectors,
-            _members_at(split.coarse(codes.squeeze(2))[:, :, None], groups, index, seed)[:, 0],
+        return lambda codes, index: table_rows(
+            vectors, random_places(split.coarse(codes.squeeze(2)), groups, index, seed)
         )
 
-    def prefix(num_rounds: int) -> Arm:
-        cells = PrefixSplit(codes.shape[1], rounds, num_rounds)
-
-        def replaced(codes: Tensor, index: Tensor) -> Tensor:
-            shape = tuple(codes.shape[1:])
-            u = counter_uniform(index, seed=seed, step=0, stream=Stream.DRAW, shape=shape)
-            fine = (u.to(codes.device) * cells.fine_sizes.size).long()
-            return model.dequantize(cells.join(cells.coarse(codes), fine))
-
-        return replaced
+    def of_split(cells: CoarseSplit, stand_in: StandIn) -> Arm:
+        return lambda codes, index: stand_in(cells.coarse(codes.squeeze(2)), index)
 
     yield "the code itself", lambda codes, index: model.dequantize(codes)
-    yield "centroid", lambda codes, index: at(clusters.centroids, split.coarse(codes.squeeze(2)))
+    yield "centroid", of_split(split, latent_stand_ins(clusters)["centroid"])
     yield "random member", member_of(labels)
     yield "random member of a random group", member_of(labels[order])
     for m in range(rounds):
-        yield f"random bits behind the first {m}", prefix(m)
+        cells = PrefixSplit(codes.shape[1], rounds, m)
+        stand_in = prefix_stand_ins(model, cells, seed=seed)["random bits"]
+        yield f"random bits behind the first {m}", of_split(cells, stand_in)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.clusters import fit_codewords, read_clusters
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
-from grn_lightning.scripts.cluster import _codeword_arms, _members_at, cluster
+from grn_lightning.scripts.cluster import _codeword_arms, cluster
+from grn_lightning.scripts.stand_ins import random_places
 
 
 def run(digits, tokenizer, out, **options):
@@ -41,8 +42,8 @@ def test_clusters_of_latents_keep_more_than_random_groups(digits, trained, tmp_p
 
 def test_members_are_drawn_evenly_from_the_cluster_at_each_position():
     cluster_of = torch.tensor([0, 1, 1, 2, 1, 0])
-    coarse = torch.randint(3, (300, 1, 1, 2, 2), generator=torch.Generator().manual_seed(0))
-    drawn = _members_at(coarse, cluster_of, torch.arange(300), seed=1)
+    coarse = torch.randint(3, (300, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    drawn = random_places(coarse, cluster_of, torch.arange(300), seed=1)
     assert torch.equal(cluster_of[drawn], coarse)
     counts = drawn[coarse == 1].bincount(minlength=6)[[1, 2, 4]]
     assert counts.min() > 0.27 * counts.sum()

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import grn_lightning
+from grn_lightning.functional import hbq_encode
 from grn_lightning.lit.coarse_to_fine import (
     LitFine,
     LitRaster,
@@ -19,10 +20,13 @@ from grn_lightning.lit.coarse_to_fine import (
     load_stage,
 )
 from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.models.coarse_split import PrefixSplit
 from grn_lightning.models.code_transformer import CodeTransformer
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.pipelines.reconstruction import Reconstruction, plan_tiles
+from grn_lightning.scripts import bench_fine as bench_fine_module
+from grn_lightning.scripts.stand_ins import prefix_stand_ins
 from tests.official_files import random_state
 from tests.tiny_runs import (
     TINY_ENCODER,
@@ -160,6 +164,73 @@ def test_stored_codes_are_those_of_the_tokenizer(chain, digits):
     stage = load_stage(chain.baseline)
     assert stage.tokenizer_hash == weights_hash(tokenizer)
     assert stage.network.config.output_size == 16
+
+
+# --- what stage 2 adds ----------------------------------------------------------------------------
+
+
+def test_four_ways_to_decode_one_coarse_map(chain, digits, tmp_path):
+    result = call_grn(
+        *("bench", "fine", chain.fine, digits / "images", "--coarse", chain.raster),
+        *("--out", tmp_path / "b", "--num_samples", 6, "--batch_size", 4, "--device", "cpu"),
+    )
+    over = ["centroid", "member nearest to the centroid", "random member", "stage 2"]
+    assert [a.name for a in result.arms if a.maps == "true"] == ["the code itself", *over]
+    assert [a.name for a in result.arms if a.maps == "drawn"] == over
+    assert result.num_samples == 6
+    assert 0 < result.leak_rate < 1  # fine_mask: sample
+    assert all((arm.psnr is None) == (arm.maps == "drawn") for arm in result.arms)
+    assert all(arm.fid is not None and 0 <= arm.accuracy <= 1 for arm in result.arms)
+    report = json.loads((tmp_path / "b" / "fine.json").read_text())
+    assert [arm["fid"] for arm in report["arms"]] == [arm.fid for arm in result.arms]
+    rows, columns = 6, 9
+    with Image.open(tmp_path / "b" / "fine.png") as sheet:
+        assert sheet.width / sheet.height > columns / rows * 0.8
+
+
+@torch.no_grad()
+def test_its_second_stage_draws_as_the_pipeline_does(chain):
+    stage, pipeline = load_stage(chain.fine), load_coarse_to_fine(chain.raster, chain.fine)
+    stage.configure_model()
+    bench = bench_fine_module._Bench(stage, pipeline, seed=4)
+    drawn = pipeline.draw(LABELS, INDEX, seed=4)
+    decoded = bench.over(drawn.coarse, LABELS, INDEX)
+    assert torch.equal(decoded["stage 2"].clamp(-1, 1), drawn.clips)
+    for name in ("member nearest to the centroid", "random member"):
+        codes = stage.tokenizer.quantize(bench.stand_ins[name](drawn.coarse, INDEX)).squeeze(2)
+        assert torch.equal(stage.split.coarse(codes), drawn.coarse)
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_stand_ins_of_prefixes_stay_in_their_cells(trained, is_joint):
+    tokenizer = load_tokenizer(trained.tokenizer)
+    channels, rounds = tokenizer.config.latent_channels, tokenizer.config.num_rounds
+    split = PrefixSplit(channels, rounds, 1, is_joint)
+    codes = torch.randint(2**rounds, (5, channels, 2, 3))
+    coarse, index = split.coarse(codes), torch.arange(5)
+    stand_ins = prefix_stand_ins(tokenizer, split, seed=0)
+    middle, random = (
+        stand_ins[name](coarse, index) for name in ("middle of the cell", "random bits")
+    )
+    for latents in (middle, random):
+        found = hbq_encode(latents.squeeze(2), num_rounds=rounds)
+        assert torch.equal(split.coarse(found), coarse)
+    highest, lowest = (
+        tokenizer.dequantize(split.join(coarse, torch.full_like(codes, fill))[:, :, None])
+        for fill in (2 ** (rounds - 1) - 1, 0)
+    )
+    torch.testing.assert_close(middle, (highest + lowest) / 2)
+
+
+@pytest.mark.parametrize(
+    ("where", "match"),
+    [("new", "is a run of LitRaster; give one of LitFine"), ("", "`out` must be a new folder")],
+)
+def test_what_is_no_second_stage_is_not_compared(where, match, chain, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call_grn("bench", "fine", chain.baseline, digits / "images", "--out", tmp_path / where)
+    assert match in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # --- exports --------------------------------------------------------------------------------------
