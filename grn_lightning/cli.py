@@ -80,18 +80,14 @@ def _run_trainer(*, run: bool = True) -> Any:
         run: Whether to run the sub-command of `sys.argv`; else the training is only built.
     """
     import lightning as L
-    from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from grn_lightning.lit.callbacks import KeyHash, Preflight, StopOnSignal
-    from grn_lightning.lit.callbacks.resume import SameStart, SaveSettings
+    from grn_lightning.lit.callbacks import Preflight
     from grn_lightning.lit.checkpoints import whole_checkpoint
-    from grn_lightning.lit.resume import RESUME_HELP, choose, go_on_in_place
+    from grn_lightning.lit.command import ResumableCLI
     from grn_lightning.lit.strategies import named_strategy
 
-    same_start, stop = SameStart(), StopOnSignal()
-
-    class GRNCLI(LightningCLI):
+    class GRNCLI(ResumableCLI):
         def instantiate_trainer(self, **settings: Any) -> L.Trainer:
             """Take the strategies of `lit/strategies.py` by their names."""
             name = self._get(self.config_init, "trainer.strategy")
@@ -99,21 +95,8 @@ def _run_trainer(*, run: bool = True) -> Any:
 
         def add_arguments_to_parser(self, parser: Any) -> None:
             """Let every training check itself; `--preflight.enabled=false` turns it off."""
+            super().add_arguments_to_parser(parser)
             parser.add_lightning_class_args(Preflight, "preflight")
-            parser.add_argument("--resume", type=str | None, default=None, help=RESUME_HELP)
-
-        def before_fit(self) -> None:
-            """Find what to go on from, before anything is written."""
-            options = self.config_init["fit"]
-            mode, path = options["resume"], options["ckpt_path"]
-            stop.requeue = mode not in (None, "none")
-            if stop.requeue and path is not None:
-                raise ValueError(f"give either `resume` ('{mode}') or `ckpt_path` ('{path}').")
-            saved = choose(mode, self.trainer, self.model)
-            if saved is not None:
-                go_on_in_place(self.trainer, saved)
-                options["ckpt_path"] = str(saved.path)
-            same_start.ckpt_path = options["ckpt_path"]
 
         def _parse_ckpt_path(self) -> None:
             """Look for the file; Lightning would let its settings beat the command line."""
@@ -139,8 +122,6 @@ def _run_trainer(*, run: bool = True) -> Any:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs=parser_kwargs,
-            trainer_defaults={"callbacks": [same_start, KeyHash(), stop]},
-            save_config_callback=SaveSettings,
             run=run,
         )
     except MisconfigurationException as error:  # what Lightning calls a ValueError of settings

@@ -379,12 +379,6 @@ def refuse_other_strategy(saved: Saved, trainer: L.Trainer) -> None:
 
 # --- the decision ---------------------------------------------------------------------------------
 
-RESUME_HELP = (
-    "What training goes on from. auto: the newest whole checkpoint of this run's folder; if there "
-    "is none yet, the run begins. PATH: that checkpoint, or the newest under that folder. none: "
-    "nothing, and a new folder."
-)
-
 
 def choose(mode: str | None, trainer: L.Trainer, module: L.LightningModule) -> Saved | None:
     """Decide what a training goes on from.
