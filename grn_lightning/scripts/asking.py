@@ -26,6 +26,8 @@ class Asked:
     """What is asked for."""
     origin: str
     """Where that comes from."""
+    labels: tuple[int, ...] | None = None
+    """Class of every sample, where it is known; captions may come with one."""
 
     @property
     def sha256(self) -> str:
@@ -53,7 +55,7 @@ def balanced_classes(num_classes: int, num_samples: int) -> Asked:
         )
     each = num_samples // num_classes
     labels = tuple(label for label in range(num_classes) for _ in range(each))
-    return Asked("class_labels", labels, f"every class {each} times")
+    return Asked("class_labels", labels, f"every class {each} times", labels)
 
 
 def read_lines(file: Path) -> list[str]:
@@ -74,22 +76,26 @@ def read_lines(file: Path) -> list[str]:
     return prompts
 
 
-def _from_shards(folder: Path, split: str, field: str, count: int | None) -> list[Any]:
-    """Return captions or classes of the first samples of a split."""
+def _from_shards(
+    folder: Path, split: str, field: str, count: int | None
+) -> tuple[list[Any], list[int] | None]:
+    """Return captions or classes of the first samples of a split, and all classes if they have."""
     shards = ShardSet.open(folder, split)
     extension = "txt" if field == "captions" else "cls"
     if extension not in shards.fields:
         what = "captions (txt)" if field == "captions" else "classes (cls)"
         raise ValueError(f"the generator needs {what}, and the shards in '{folder}' have none.")
-    values: list[Any] = []
+    captions: list[str] = []
+    labels: list[int] = []
     numbers = range(min(len(shards), count or len(shards)))
     for number in tqdm(numbers, desc="conditions", disable=len(numbers) < _MANY):
-        sample = shards.read(number, (extension,))
-        if extension not in sample.fields:
+        fields = shards.read(number, ("txt", "cls")).fields
+        if extension not in fields:
             raise ValueError(f"{shards.describe(number)} has no {extension}; build the set again.")
-        text = sample.fields[extension].decode("utf-8").strip()
-        values.append(text if field == "captions" else int(text))
-    return values
+        captions += [fields["txt"].decode("utf-8").strip()] if "txt" in fields else []
+        labels += [int(fields["cls"])] if "cls" in fields else []
+    known = labels if len(labels) == len(numbers) else None
+    return (captions if field == "captions" else labels), known
 
 
 def _repeated(values: Sequence[Any], num_samples: int | None, origin: str) -> tuple[Any, ...]:
@@ -137,7 +143,7 @@ def what_to_ask(
     field = "captions" if is_text else "class_labels"
     if conditions.is_dir():
         origin = f"split {split!r} of '{conditions}'"
-        values = _from_shards(conditions, split, field, num_samples)
+        values, labels = _from_shards(conditions, split, field, num_samples)
     else:
         origin = f"'{conditions}'"
         if not is_text:
@@ -145,11 +151,12 @@ def what_to_ask(
                 f"this generator draws classes, and {origin} holds prompts; give a folder of "
                 "shards with classes, or leave `--conditions` out."
             )
-        values = read_lines(conditions)
+        values, labels = read_lines(conditions), None
     wrong = [] if isinstance(config, GRNTextConfig) else _unknown_classes(values, config)
     if wrong:
         raise ValueError(f"{origin} has classes that the generator does not know: {wrong[:5]}.")
-    return Asked(field, _repeated(values, num_samples, origin), origin)
+    classes = None if labels is None else _repeated(labels, num_samples, origin)
+    return Asked(field, _repeated(values, num_samples, origin), origin, classes)
 
 
 def _unknown_classes(values: Sequence[int], config: GRNClassConfig) -> list[int]:

@@ -123,7 +123,7 @@ class DrawPlan:
             negative_prompt=negative if pipeline.is_text else "",
             sample_index=0,
             seed=options.seed,
-            size=tuple(size),
+            size=(size.num_frames, size.height, size.width),
             fps=fps,
             refine=refine,
             num_steps=refine.num_steps,

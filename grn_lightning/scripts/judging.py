@@ -16,7 +16,7 @@ from grn_lightning.scripts.records import Figure
 Kind = Literal["samples", "reconstructions", "real"]
 KINDS: tuple[Kind, ...] = ("samples", "reconstructions", "real")
 
-_MEANINGS = {
+MEANINGS = {
     "digit accuracy": "share in which the judge reads the digit of the label",
     "direction accuracy": "share that moves as the caption says",
     "caption accuracy": "share in which both digit and direction are right",
@@ -153,7 +153,7 @@ class Judging:
                 (str(DigitJudge.name), kind, count, split),
                 float(metric.compute()),
                 unit="%",
-                meaning=_MEANINGS[name],
+                meaning=MEANINGS[name],
             )
             for (name, known), metric in self.shares.items()
             if known == kind

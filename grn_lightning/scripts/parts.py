@@ -183,9 +183,14 @@ def _bar(job: PartJob) -> Iterator[Any]:
         yield bar
 
 
+def _advance(bar: Any, to: float) -> None:
+    """Move a bar; fractions add up to whole samples only nearly."""
+    bar.update(min(to, bar.total) - bar.n)
+
+
 def _alone(job: PartJob, rank: Rank, device: torch.device) -> None:
     with _bar(job) as bar:
-        _do_parts(job, rank, device, bar.update)
+        _do_parts(job, rank, device, lambda samples: _advance(bar, bar.n + samples))
 
 
 def _one_of_many(job: PartJob, rank: Rank, device: str, threads: int, counters: Any) -> None:
@@ -224,9 +229,9 @@ def _together(job: PartJob, devices: int, device: str) -> None:
             first = bar.n
             while not all(future.done() for future in futures):
                 _raise_first(futures)
-                bar.update(first + sum(counters) - bar.n)
+                _advance(bar, first + sum(counters))
                 time.sleep(_POLL_SECONDS)
-            bar.update(first + sum(counters) - bar.n)
+            _advance(bar, first + sum(counters))
         _raise_first(futures)
     except BrokenProcessPool as error:
         raise ValueError(

@@ -5,6 +5,7 @@ Each process draws samples for the conditions of its own validation batches, and
 reduced: any number of devices gives the same number.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class DigitFeatures(nn.Module):
                 f"no judge at '{path}'; `grn digits` writes one beside the embedded set."
             )
         self.judge = DigitJudge.load(Path(path))
+        # A judge that was fitted otherwise gives other features under the same name.
+        self.network = f"{self.name}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return the features of every frame, `(b f, num_features)`."""

@@ -1,0 +1,293 @@
+"""`grn evaluate samples`: draw many samples, on any number of processes, and judge the set."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from grn_lightning.datasets.manifest import write_json
+from grn_lightning.metrics import Measurement, ReferenceStatistics
+from grn_lightning.metrics.protocols import metric_name
+from grn_lightning.scripts.asking import Asked, what_to_ask
+from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan, fingerprint
+from grn_lightning.scripts.opening import Opened, open_drawer
+from grn_lightning.scripts.parts import do_parts, settle_plan
+from grn_lightning.scripts.records import (
+    Figure,
+    add_evaluation,
+    code_version,
+    command_line,
+    environment,
+    figures_as_json,
+    now,
+    read_evaluations,
+)
+from grn_lightning.scripts.runs import choose_device, file_hash
+from grn_lightning.scripts.sample_features import Extracted, FeatureJob, FeatureSource
+from grn_lightning.scripts.sample_scores import Compared, costs, measure, shares
+
+_OPTIONS = DrawOptions()
+_RESULT_FILE = "result.json"
+_MEANINGS = {
+    "fid": "Frechet distance of pictures to real ones; 0 is the same distribution",
+    "sfid": "the same, by features that know where in the picture they are",
+    "fvd": "Frechet distance of clips to real ones; 0 is the same distribution",
+    "is": "Inception score; higher is better",
+    "kid": "kernel distance of pictures to real ones; 0 is the same distribution",
+    "precision": "share of samples that lie among real ones",
+    "recall": "share of real ones that lie among samples",
+}
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """What was found, and where it lies."""
+
+    title: str
+    """What was judged."""
+    measurements: tuple[Measurement, ...]
+    """The numbers, with their protocols."""
+    figures: tuple[Figure, ...]
+    """Other numbers, with theirs."""
+    folder: Path
+    """Folder of the parts, the samples if they are kept, and the result."""
+    file: Path
+    """All that is needed to repeat the numbers."""
+
+    def __str__(self) -> str:
+        """List the numbers with their protocol, one a line, as other programs may read them."""
+        lines = [self.title]
+        for measurement in self.measurements:
+            lines.append(str(measurement))
+            lines += [f"  {caveat}" for caveat in measurement.caveats]
+        lines += [f"{figure.tag}={figure.text}" for figure in self.figures]
+        return "\n".join([*lines, f"all that is needed to repeat them is in '{self.file}'"])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _compared(
+    names: Sequence[str], references: Sequence[Path], *, inception: Path | None, judge: Path | None
+) -> list[Compared]:
+    """Open features and references, each network once, before anything is drawn.
+
+    Raises:
+        ValueError: If one is missing, or they do not belong together.
+    """
+    if len(references) not in (0, 1, len(names)):
+        raise ValueError(
+            f"`reference` must be one file, or one for each of the {len(names)} `features`, got "
+            f"{len(references)}."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"`features` must be different ones, got {list(names)}.")
+    found = []
+    for number, name in enumerate(names):
+        source = FeatureSource.find(name, inception=inception, judge=judge)
+        features = Extracted.look(source)
+        reference = None
+        if references:
+            path = references[number if len(references) > 1 else 0]
+            reference = ReferenceStatistics.read(path, protocol=features.protocol)
+        found.append(Compared(features, reference))
+    return found
+
+
+def _facts(plan: DrawPlan, asked: Asked, compared: Sequence[Compared], rest: dict) -> dict:
+    """Return all that decides the parts, as plain data."""
+    return {
+        **plan.facts(),
+        "conditions": {"count": len(asked.values), "sha256": asked.sha256, "field": asked.field},
+        "features": {one.features.name: one.features.facts() for one in compared},
+        **rest,
+    }
+
+
+def _as_figures(measurements: Sequence[Measurement]) -> list[Figure]:
+    """Return measurements as reports show them."""
+    return [
+        Figure(
+            metric_name(one.metric),
+            one.protocol.parts,
+            one.value,
+            meaning="; ".join([_MEANINGS.get(one.metric, ""), *one.caveats]),
+        )
+        for one in measurements
+    ]
+
+
+def _record(
+    job: FeatureJob,
+    opened: Opened,
+    compared: Sequence[Compared],
+    report: SetReport,
+    rest: dict[str, Any],
+) -> dict[str, Any]:
+    """Return all that is needed to repeat the numbers, and the numbers."""
+    plan, run, count = job.plan, opened.run, len(job.asked.values)
+    about = f"{count} samples, {job.asked.origin}, {plan.size} pixels"
+    return {
+        "about": about,
+        "stage": "generator",
+        **opened.facts(),
+        "step": 0 if run is None else run.step,
+        "samples_seen": 0 if run is None else run.samples_seen,
+        "weights": plan.recipe.weights,
+        "size": list(plan.size),
+        "num_samples": count,
+        "data": job.asked.origin,
+        "split": "",
+        "seed": plan.recipe.seed,
+        "refine": asdict(plan.recipe.refine),
+        "plan": rest.pop("plan"),
+        "references": [
+            {
+                "features": one.features.name,
+                "label": None if one.reference is None else one.reference.label,
+                "sha256": None if one.reference is None else one.reference.digest,
+                "protocol": None if one.reference is None else one.reference.protocol.as_dict(),
+            }
+            for one in compared
+        ],
+        "measurements": [one.as_dict() for one in report.measurements],
+        "figures": figures_as_json([*_as_figures(report.measurements), *report.figures]),
+        "costs": costs(job),
+        "psnr_by_rounds": [],
+        "pictures": [],
+        **rest,
+    }
+
+
+def _device_tag(job: FeatureJob, spent: dict[str, Any], device: str) -> list[Figure]:
+    refine = job.plan.recipe.refine
+    walk = (f"{refine.num_steps} steps", f"scale {refine.guidance_scale:g}")
+    at_most = walk if refine.adaptive is None else (f"at most {walk[0]}", walk[1])
+    batch = f"batch {job.plan.batch_size}"
+    return [
+        Figure("steps/sample", at_most, spent["mean_steps"], meaning="mean number of steps"),
+        Figure(
+            "forwards/sample",
+            at_most,
+            spent["forwards_per_sample"],
+            meaning="mean number of rows that the generator is asked for",
+        ),
+        Figure(
+            "seconds/sample",
+            (*at_most, device, batch),
+            spent["seconds_per_sample"],
+            "s",
+            "condition, refinement and decoding, judges left out, added up over processes",
+        ),
+    ]
+
+
+def evaluate_samples(
+    checkpoint: Path | None = None,
+    *,
+    num_samples: int | None = None,
+    conditions: Path | None = None,
+    split: str = "val",
+    features: list[str] | str = "torch_fidelity",
+    reference: list[Path] | Path | None = None,
+    inception: Path | None = None,
+    judge: Path | None = None,
+    out: Path | None = None,
+    part_size: int = 256,
+    keep_samples: bool = False,
+    config: DrawOptions = _OPTIONS,
+) -> SetReport | None:
+    """Draw any number of samples on any number of processes, and judge the set by a protocol.
+
+    A class-conditional generator draws every class equally often; with `--conditions` it draws
+    those of a data set, and a text-conditional one its captions. Samples are drawn and judged in
+    parts, which are kept: the same command goes on where it was interrupted. Processes are started
+    by `--devices`, torchrun or SLURM, or by giving the command again where the same folder is seen;
+    none of that changes a number.
+
+    Args:
+        checkpoint: Checkpoint of a generator, the folder of its run, or an export.
+        num_samples: How many samples, 50000 for publications; by default one for every condition.
+        conditions: Folder of shards whose captions or classes are asked for, or a text file with
+            one prompt a line; more samples than conditions must be a multiple of them.
+        split: Split of those shards.
+        features: One or more of torch_fidelity, adm, clean (the Inception, fed in the three ways of
+            publications), digits-cnn (the judge of the embedded set), or the path of a video
+            network in TorchScript.
+        reference: Statistics of real pictures, for each of the features or for all of them:
+            `.npz` of ADM or JiT, or what `grn evaluate stats` has written.
+        inception: File of the Inception weights; by default the one in torch hub's cache.
+        judge: Judge of the embedded set, which also reads whether samples show what was asked for.
+        out: Folder of the parts and the result; by default one in the run's folder, by a hash of
+            all that decides the parts.
+        part_size: Samples of a part, which one process draws; more fill its batches better.
+        keep_samples: Whether samples are kept as PNG or MP4 in `OUT/samples`, by number.
+        config: How samples are drawn.
+
+    Raises:
+        ValueError: If generator, conditions, features and reference do not fit together.
+    """
+    given, start, date = dict(locals()), time.perf_counter(), now()
+    if part_size < 1:
+        raise ValueError(f"`part_size` must be at least 1, got {part_size}.")
+    names = _as_list(features)
+    if judge is not None and not judge.is_file():
+        raise ValueError(f"no judge at '{judge}'; `grn digits` writes one beside the embedded set.")
+    compared = _compared(names, _as_list(reference), inception=inception, judge=judge)
+    opened = open_drawer(
+        checkpoint, config.weights, folder=config.weights_folder, tokenizer=config.tokenizer
+    )
+    device = choose_device(config.device)
+    plan = DrawPlan.make(opened, config, device=device)
+    asked = what_to_ask(
+        opened.pipeline.config, num_samples=num_samples, conditions=conditions, split=split
+    )
+    if len(asked.values) < 2:
+        raise ValueError(f"a set must have at least 2 samples, got {len(asked.values)}.")
+
+    rest = {"part_size": part_size, "judge": None if judge is None else file_hash(judge)}
+    facts = _facts(plan, asked, compared, rest)
+    if opened.run is not None:
+        read_evaluations(opened.run.folder)  # refuses what the result could not be added to
+    folder = out or _default_folder(opened, facts)
+    settle_plan(folder, facts)
+    sources = [one.features.source for one in compared]
+    job = FeatureJob(folder, plan, asked, sources, judge, part_size, keep_samples)
+    opened.pipeline.to("cpu")  # every process opens its own
+    if not do_parts(job, devices=config.devices, device=config.device):
+        return None
+
+    spent = costs(job)
+    report = SetReport(
+        title=f"{len(asked.values)} samples of {plan.recipe.checkpoint}, {asked.origin}, "
+        f"{plan.size}",
+        measurements=tuple(measure(job, compared)),
+        figures=(*shares(job), *_device_tag(job, spent, device.type)),
+        folder=folder,
+        file=folder / _RESULT_FILE,
+    )
+    record = _record(
+        job,
+        opened,
+        compared,
+        report,
+        {
+            "plan": facts,
+            "command": command_line(evaluate_samples, given),
+            "date": date,
+            "seconds": time.perf_counter() - start,
+            "code": code_version(),
+            "environment": environment(device),
+        },
+    )
+    write_json(report.file, record)
+    if opened.run is not None:
+        add_evaluation(opened.run.folder, record)
+    return report
+
+
+def _default_folder(opened: Opened, facts: dict[str, Any]) -> Path:
+    parent = Path("runs") if opened.run is None else opened.run.folder
+    return parent / "evaluation" / f"samples-{fingerprint(facts)}"
