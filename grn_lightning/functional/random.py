@@ -52,6 +52,10 @@ class Stream(IntEnum):
     """Whether a training sample loses its condition."""
     START = 5
     """Which elements of a given map sampling starts from."""
+    FIRST_FRAME = 6
+    """Whether a training clip is given its first frame."""
+    SUBSET = 7
+    """Which samples of a judged set have their features kept."""
 
 
 def philox_4x32(counter: Words, key: tuple[int, int]) -> Words:

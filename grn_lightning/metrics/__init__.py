@@ -9,7 +9,13 @@ from grn_lightning.metrics.features import FeatureExtractor as FeatureExtractor
 from grn_lightning.metrics.features import Features as Features
 from grn_lightning.metrics.fid import FrechetDistance as FrechetDistance
 from grn_lightning.metrics.fid import fid_tag as fid_tag
+from grn_lightning.metrics.generation import GENERATION_METRICS as GENERATION_METRICS
+from grn_lightning.metrics.generation import GenerationConfig as GenerationConfig
+from grn_lightning.metrics.generation import GenerationMetrics as GenerationMetrics
 from grn_lightning.metrics.inception import InceptionFeatures as InceptionFeatures
+from grn_lightning.metrics.inception_score import InceptionScore as InceptionScore
+from grn_lightning.metrics.neighbours import kernel_score as kernel_score
+from grn_lightning.metrics.neighbours import precision_recall as precision_recall
 from grn_lightning.metrics.protocols import CONVENTIONS as CONVENTIONS
 from grn_lightning.metrics.protocols import METRICS as METRICS
 from grn_lightning.metrics.protocols import Measurement as Measurement
@@ -21,3 +27,4 @@ from grn_lightning.metrics.reconstruction import reconstruction_metrics as recon
 from grn_lightning.metrics.reference import FeatureSums as FeatureSums
 from grn_lightning.metrics.reference import Moments as Moments
 from grn_lightning.metrics.reference import ReferenceStatistics as ReferenceStatistics
+from grn_lightning.metrics.reservoir import FeatureReservoir as FeatureReservoir

@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grn_lightning.metrics.features import Features
+
 DIRECTIONS = ("left", "right", "up", "down")
 NO_DIRECTION = -1
 
@@ -220,11 +222,13 @@ class DigitJudge(nn.Module):
     Attributes:
         name: Tells distances with these features from distances with others.
         num_features: Width of the features.
+        num_classes: Digits there are.
         digit_size: Height and width in pixels of the digits it expects.
     """
 
     name = "digits-cnn"
     num_features = 64
+    num_classes = _NUM_CLASSES
 
     def __init__(self, *, digit_size: float) -> None:
         super().__init__()
@@ -323,6 +327,11 @@ class DigitJudge(nn.Module):
     def forward(self, clips: Tensor) -> Tensor:
         """Return the features of every frame, `(b f, 64)`."""
         return self.features(clips).flatten(0, 1)
+
+    def extract(self, clips: Tensor) -> Features:
+        """Return features and logits of every frame, `(b f, 64)` and `(b f, 10)`."""
+        features = self.forward(clips)
+        return Features(features, logits=self.head(features))
 
     def features(self, clips: Tensor) -> Tensor:
         """Return the features before the last layer, non-negative, `(b, f, 64)`."""
