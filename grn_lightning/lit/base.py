@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -67,6 +69,7 @@ class StageModule(L.LightningModule, ABC):
         self.optim = as_config(OptimConfig, optim)
         self.seed = seed
         self.samples_seen = 0
+        self._is_norm_due = False
 
     def count_samples(self, batch_size: int) -> None:
         """Count a training batch; every device has one of the same size."""
@@ -116,11 +119,22 @@ class StageModule(L.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient's global norm, before clipping."""
-        if self.is_logging_step:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            grads = [p.grad for p in parameters if p.grad is not None]
-            self.log("train/grad_norm", get_total_norm(grads))
-            self.log("train/samples_seen", float(self.samples_seen))
+        if not self.is_logging_step:
+            return
+        self.log("train/samples_seen", float(self.samples_seen))
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self._is_norm_due = True  # DeepSpeed tells it behind the step
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the gradient's norm where only DeepSpeed knows it."""
+        strategy = self.trainer.strategy
+        if self._is_norm_due and isinstance(strategy, DeepSpeedStrategy):
+            self._is_norm_due = False
+            self.log("train/grad_norm", float(strategy.deepspeed_engine.get_global_grad_norm()))
 
     @property
     def _is_resuming(self) -> bool:

@@ -8,14 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from grn_lightning.lit.shards import EMA_STATE as EMA_STATE
+from grn_lightning.lit.shards import layout_of, read_shards, require_whole
 from grn_lightning.models.convert import load_official
 from grn_lightning.models.hashes import weights_hash as weights_hash
 from grn_lightning.models.pretrained import clean_names, is_export, read_pretrained
 from grn_lightning.models.pretrained import select as select
-
-EMA_STATE = "ema"
-"""Key of the averaged weights in a checkpoint's callback states; see `lit/callbacks/ema.py`."""
-
 
 _DAMAGED = (
     "cannot be read as a checkpoint: it is damaged, unfinished, or holds more than tensors and "
@@ -24,16 +22,17 @@ _DAMAGED = (
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that a file or a run folder stands for.
+    """Return the checkpoint that a path or a run folder stands for.
 
     Args:
-        path: A `.ckpt` file, or a folder under which the newest `last.ckpt` is taken.
+        path: A `.ckpt` file, the folder that several processes have written in its place, or a
+            folder under which the newest `last.ckpt` is taken.
 
     Raises:
         ValueError: If there is none.
     """
     path = Path(path)
-    if path.is_file():
+    if layout_of(path) is not None:
         return path
     found = sorted(path.rglob("last.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
@@ -48,10 +47,15 @@ def find_checkpoint(path: str | Path) -> Path:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a Lightning checkpoint safely: tensors and plain data only.
 
+    One that several processes have written together comes back as if one had, but for the states
+    of optimizers, which are left out.
+
     Raises:
-        ValueError: If there is none, or the file is not a complete checkpoint.
+        ValueError: If there is none, or it is not complete.
     """
     file = find_checkpoint(path)
+    if file.is_dir():
+        return read_shards(file)
     if file.suffix in (".json", ".safetensors"):
         raise ValueError(
             f"'{file}' is no checkpoint of a run, and without its other file no export either; "
@@ -75,9 +79,10 @@ def whole_checkpoint(path: str | Path) -> Path:
     Raises:
         ValueError: If there is none, or the file was not written to its end.
     """
-    if (Path(path) / "checkpoint").is_dir():  # DeepSpeed's: a file for each process
-        return Path(path)
     file = find_checkpoint(path)
+    if file.is_dir():
+        require_whole(file)
+        return file
     if not zipfile.is_zipfile(file):
         raise ValueError(f"'{file}' {_DAMAGED}")
     return file

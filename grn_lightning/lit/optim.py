@@ -166,7 +166,8 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
         if not parameter.requires_grad:
             continue
         # Gains of the tokenizer's norms are stored as (channels, 1, 1, 1): vectors all the same.
-        is_vector = parameter.numel() == max(parameter.shape, default=1)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO has divided the parameter
+        is_vector = shape.numel() == max(shape, default=1)
         # Learned positions are plain parameters, and tables too: they multiply nothing.
         is_table = id(parameter) in tables or not name.endswith("weight")
         (vectors if is_vector else embeddings if is_table else matrices).append(parameter)

@@ -1,17 +1,21 @@
-"""Exponential moving average of the trained network, for every strategy that keeps whole weights.
+"""Exponential moving average of the trained network, under every strategy.
 
 Lightning's own callback copies the whole LightningModule, frozen parts and metrics included, and
 loses the average under DeepSpeed. This one keeps float32 shadows of the named submodules only, in
-its own state, and changes places with the weights during validation.
+its own state, and changes places with the weights during validation. Where weights are divided
+among processes, each process averages its own part, and nothing is sent anywhere.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grn_lightning.lit.checkpoints import EMA_STATE
+from grn_lightning.lit.parts import OwnPart, own_parts
+from grn_lightning.lit.shards import EMA_STATE
 
 
 class EMA(L.Callback):
@@ -35,6 +39,7 @@ class EMA(L.Callback):
         self.shadows: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
         self._last_step = 0
+        self._is_copy = False
 
     @property
     def state_key(self) -> str:
@@ -49,19 +54,34 @@ class EMA(L.Callback):
         """Take over an average."""
         self.shadows = {name: value.clone() for name, value in state_dict["shadows"].items()}
         self.num_updates = state_dict["num_updates"]
+        self._is_copy = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin with a copy of the weights, unless an average was restored."""
-        sources = _averaged_parameters(pl_module)
-        if not sources:
+        """Begin with a copy of the weights, unless an average was restored.
+
+        Raises:
+            ValueError: If the module names nothing to average.
+        """
+        if not _own_parts(pl_module):
             raise ValueError(f"{type(pl_module).__name__} names no submodule to average.")
-        for name, source in sources.items():
-            shadow = self.shadows.get(name, source.detach())
-            self.shadows[name] = shadow.to(source.device, torch.float32, copy=True)
+        self._begin(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step to start from: a batch that only accumulates gradients is none."""
+        """Begin again where a strategy has restored weights or average only after `on_fit_start`.
+
+        The step is noted to start from: a batch that only accumulates gradients is none.
+        """
+        if self._is_copy:
+            self.shadows = {}
+        self._begin(pl_module)
         self._last_step = trainer.global_step
+
+    def _begin(self, pl_module: L.LightningModule) -> None:
+        self._is_copy = not self.shadows
+        for name, part in _own_parts(pl_module).items():
+            source = part.master()
+            shadow = part.cut(self.shadows[name]) if name in self.shadows else source
+            self.shadows[name] = shadow.to(source.device, torch.float32, copy=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -73,9 +93,9 @@ class EMA(L.Callback):
         self.num_updates += 1
         early = (1 + self.num_updates) / (10 + self.num_updates)
         decay = min(self.decay, early) if self.warmup else self.decay
-        sources = _averaged_parameters(pl_module)
-        shadows = [self.shadows[name] for name in sources]
-        torch._foreach_lerp_(shadows, [p.detach().float() for p in sources.values()], 1 - decay)
+        parts = _own_parts(pl_module)
+        shadows = [self.shadows[name] for name in parts]
+        torch._foreach_lerp_(shadows, [part.master().float() for part in parts.values()], 1 - decay)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the average."""
@@ -111,25 +131,38 @@ class EMA(L.Callback):
     def _swap_in(self, pl_module: L.LightningModule) -> None:
         if not self.shadows or self._raw is not None:
             return
-        parameters = _averaged_parameters(pl_module)
-        self._raw = {name: p.detach().clone() for name, p in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.copy_(self.shadows[name])
+        parts = _own_parts(pl_module)
+        self._raw = {name: part.weights().clone() for name, part in parts.items()}
+        for name, part in parts.items():
+            part.weights().copy_(part.cut(self.shadows[name]))
 
     @torch.no_grad()
     def _swap_out(self, pl_module: L.LightningModule) -> None:
         if self._raw is None:
             return
-        for name, parameter in _averaged_parameters(pl_module).items():
-            parameter.copy_(self._raw[name])
+        for name, part in _own_parts(pl_module).items():
+            part.weights().copy_(self._raw[name])
         self._raw = None
 
 
-def _averaged_parameters(pl_module: L.LightningModule) -> dict[str, nn.Parameter]:
-    """Trainable parameters of the submodules in `averaged`, by their name in the module."""
+def _own_parts(pl_module: L.LightningModule) -> dict[str, OwnPart]:
+    """This process's parts of what is trained in the submodules in `averaged`, by name."""
     names = tuple(f"{name}." for name in getattr(pl_module, "averaged", ()))
-    return {
-        name: parameter
-        for name, parameter in pl_module.named_parameters()
-        if name.startswith(names) and parameter.requires_grad
-    }
+    return own_parts(pl_module, names)
+
+
+@contextmanager
+def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Put the average in place of the weights, on every process, if the run keeps one.
+
+    Validation has it in place already; then nothing happens. All processes have to enter.
+    """
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+    entered = [average for average in averages if average._raw is None]
+    try:
+        for average in entered:
+            average._swap_in(module)
+        yield
+    finally:
+        for average in entered:
+            average._swap_out(module)

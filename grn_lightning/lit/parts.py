@@ -1,0 +1,69 @@
+"""What of every weight a process holds under the strategy at hand, and where.
+
+A plain parameter is held whole. FSDP makes it a `DTensor` whose local part is this process's. ZeRO
+stage 3 leaves an empty parameter whose `ds_tensor` is this process's stretch of it, flat, the last
+one padded. Below stage 3 weights are whole, but where they are not float32 the true ones are copies
+in the optimizer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+
+@dataclass(frozen=True)
+class OwnPart:
+    """What this process holds of one parameter."""
+
+    parameter: Any
+
+    def weights(self) -> Tensor:
+        """Return what the network computes with, in place: writing to it changes the network."""
+        parameter = self.parameter
+        if hasattr(parameter, "ds_id"):
+            if parameter.ds_status.name == "AVAILABLE":  # gathered, which would outlive the change
+                parameter.partition()
+            return parameter.ds_tensor.data
+        whole = parameter.detach()
+        return whole.to_local() if isinstance(whole, DTensor) else whole
+
+    def master(self) -> Tensor:
+        """Return what the optimizer moves, float32 where it keeps such a copy.
+
+        Below ZeRO's stage 3 this is a collective call if the weights are not float32.
+        """
+        parameter = self.parameter
+        if hasattr(parameter, "ds_id") and hasattr(parameter, "_z3_optimizer"):
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return safe_get_local_fp32_param(parameter).detach()
+        if hasattr(parameter, "_hp_mapping") and parameter.dtype != torch.float32:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            return safe_get_full_fp32_param(parameter).detach()
+        return self.weights().detach()
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Return this process's part of a whole tensor; one that is a part stays as it is."""
+        parameter = self.parameter
+        if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+            mesh, whole = parameter.device_mesh, tensor.to(parameter.device)
+            everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            return everywhere.redistribute(mesh, parameter.placements).to_local()
+        return tensor
+
+
+def own_parts(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, OwnPart]:
+    """Return the parts of the trainable parameters whose names begin so, by name."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):  # leaves its outermost weights whole after a forward
+            module.reshard()
+    return {
+        name: OwnPart(parameter)
+        for name, parameter in network.named_parameters()
+        if name.startswith(prefixes) and parameter.requires_grad
+    }

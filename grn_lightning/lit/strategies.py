@@ -1,0 +1,409 @@
+"""Strategies by name: DeepSpeed's ZeRO and torch's FSDP, on GPUs and, to try and test, on CPUs.
+
+A YAML says `trainer.strategy: deepspeed_zero2` and nothing else changes: weights start as those of
+one process, bfloat16 means autocast over float32 weights, the average is kept, and a checkpoint is
+read by everything that reads one. What a strategy cannot do is refused before the first step.
+
+| name | each process keeps its part of |
+|---|---|
+| `deepspeed_zero1` | the optimizer's state |
+| `deepspeed_zero2` | and of the gradients |
+| `deepspeed_zero3` | and of the weights |
+| `deepspeed_zero2_offload`, `deepspeed_zero3_offload` | the same, in the memory of the host |
+| `fsdp` | optimizer's state, gradients and weights; a checkpoint is a folder of parts |
+| `fsdp_full` | the same; a checkpoint is one file, as of one process |
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from grn_lightning.lit.checkpoints import read_checkpoint
+from grn_lightning.lit.optim import Muon
+from grn_lightning.lit.shards import (
+    EMA_PREFIX,
+    EMA_STATE,
+    layout_of,
+    load_part,
+    require_divided_alike,
+    stored_averages,
+)
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others."""
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a transformer, the units of sharding and of checkpointing.
+
+    They are the elements of its lists that hold no list themselves.
+    """
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [
+        block for blocks in lists for block in blocks if any(True for _ in block.parameters())
+    ]
+    return [
+        block
+        for block in blocks
+        if not any(isinstance(part, nn.ModuleList) for part in block.modules())
+    ]
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------
+
+
+class ZeroAutocast(DeepSpeedPrecision):
+    """What `bf16-mixed` means everywhere else: float32 weights, bfloat16 where autocast says so.
+
+    DeepSpeed's engine switches autocast on; Lightning's own reading of the name would cast the
+    weights, which is what `bf16-true` is for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+
+class ZeRO(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO (Rajbhandari et al. 2020) for one optimizer that moves elements one by one.
+
+    The network is built whole on every process, in the memory of the host, and then divided: a
+    module that initializes the weights of its children would find them gone otherwise.
+
+    Args:
+        stage: 1 divides the optimizer's state, 2 also gradients, 3 also weights.
+        offload: Keep in the memory of the host what is divided, and move the weights there.
+        options: Entries of `zero_optimization` of a DeepSpeed configuration, such as
+            `stage3_param_persistence_threshold`: weights with fewer elements stay whole.
+        timeout: How long a process waits for the others.
+
+    Raises:
+        ValueError: If there is no such stage.
+    """
+
+    def __init__(
+        self,
+        stage: Literal[1, 2, 3] = 2,
+        offload: bool = False,
+        options: dict[str, Any] | None = None,
+        timeout: timedelta = PATIENCE,
+    ):
+        if stage not in (1, 2, 3):
+            raise ValueError(f"`stage` must be 1, 2 or 3, got {stage!r}.")
+        if offload and stage == 1:
+            raise ValueError("`offload` needs stage 2 or 3, got 1.")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it guesses
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload,
+            offload_parameters=offload and stage == 3,
+            logging_batch_size_per_gpu=1,
+            timeout=timeout,
+        )
+        assert isinstance(self.config, dict)
+        # torch's AdamW moves what is offloaded; DeepSpeed's own would be compiled first.
+        self.config["zero_force_ds_cpu_optimizer"] = False
+        self.config["zero_optimization"].update(options or {})
+
+    @property
+    def stage(self) -> int:
+        """Stage of ZeRO."""
+        assert isinstance(self.config, dict)
+        return self.config["zero_optimization"]["stage"]
+
+    @property
+    def root_device(self) -> torch.device:
+        """Device of this process; DeepSpeed wants a number even of a CPU."""
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    def setup_environment(self) -> None:
+        """Start the processes; Lightning's own refuses CPUs."""
+        if self.precision_plugin.precision == "bf16-mixed":
+            self.precision_plugin = ZeroAutocast()
+            assert isinstance(self.config, dict)
+            self.config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # gradients are added up in float32
+            }
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Join the processes; CPUs have no number that could be checked."""
+        if super().root_device.type != "cpu":
+            super().setup_distributed()
+            return
+        import deepspeed
+
+        # A faster sum for processes of one machine, which would have to be compiled first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Build whole; `setup` divides."""
+        self._init_config_if_needed()
+        yield
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Divide the weights, then hand over to DeepSpeed."""
+        self._init_config_if_needed()
+        if self.stage == 3:
+            import deepspeed
+
+            assert self.model is not None
+            for module in self.model.modules():
+                if isinstance(module, nn.MultiheadAttention):  # reads the weights of its child
+                    deepspeed.utils.set_z3_leaf_module(module, True)
+            move_buffers(self.model, self.root_device)
+            model = self.precision_plugin.convert_module(self.model)
+            deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
+        super().setup(trainer)
+
+    def _init_optimizers(self) -> tuple[Optimizer, Any]:
+        optimizer, scheduler = super()._init_optimizers()
+        if isinstance(optimizer, Muon):
+            raise ValueError(
+                "Muon orthogonalizes whole matrices, and ZeRO cuts the optimizer's state wherever "
+                "it falls; set `model.optim.name: adamw`, or `trainer.strategy` to ddp or fsdp."
+            )
+        return optimizer, scheduler
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read what goes on training as it was divided, and everything else as one process would.
+
+        Raises:
+            ValueError: If training cannot go on from there with this strategy.
+        """
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return read_checkpoint(checkpoint_path)
+        require_divided_alike(Path(checkpoint_path), stage=self.stage, world_size=self.world_size)
+        # DeepSpeed would unpickle whatever there is.
+        self.deepspeed_engine.checkpoint_engine.load = lambda path, map_location=None: load_part(
+            Path(path)
+        )
+        return super().load_checkpoint(checkpoint_path, weights_only=None)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load whole weights; those of a training have been loaded before."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            return
+        if self.stage == 3:
+            self._restore_zero_state(checkpoint, strict=strict)
+        else:
+            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+
+def move_buffers(network: nn.Module, device: torch.device) -> None:
+    """Move everything that is no parameter."""
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+# --- FSDP -----------------------------------------------------------------------------------------
+
+
+class FSDP(ModelParallelStrategy):
+    """torch's fully sharded data parallelism, parameter by parameter (`fully_shard`).
+
+    Every block is a unit: its weights are gathered when it is reached and let go behind it.
+
+    Args:
+        save_distributed_checkpoint: Whether a checkpoint is a folder to which every process writes
+            its part; else the first one gathers everything and writes one file.
+        offload: Keep weights and optimizer's state in the memory of the host.
+        timeout: How long a process waits for the others.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        offload: bool = False,
+        timeout: timedelta = PATIENCE,
+    ):
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout)
+        self.offload = offload
+
+    def setup_environment(self) -> None:
+        """Start the processes; all of them share the data, none a matrix product."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Divide the averaged networks block by block."""
+        module = self.lightning_module
+        assert module is not None
+        for name in getattr(module, "averaged", ()):
+            network = getattr(module, name, None)
+            if isinstance(network, nn.Module) and any(True for _ in network.parameters()):
+                self._divide(network)
+        super().setup(trainer)
+
+    def _divide(self, network: nn.Module) -> None:
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            FSDPModule,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+
+        options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
+        if self.offload:
+            options["offload_policy"] = CPUOffloadPolicy()
+        for part in (*blocks_of(network), network):
+            if not isinstance(part, FSDPModule):
+                fully_shard(part, **options)
+        if hasattr(network, "encode_text"):  # a way into the blocks past `forward`
+            register_fsdp_forward_method(network, "encode_text")
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write the average like the weights: in parts, or whole."""
+        callbacks = checkpoint.get("callbacks", {})
+        if EMA_STATE in callbacks:
+            divided = self._as_divided(callbacks[EMA_STATE]["shadows"])
+            if self._save_distributed_checkpoint:
+                shadows: dict[str, Tensor] = {}
+                named = {f"{EMA_PREFIX}{name}": shadow for name, shadow in divided.items()}
+                checkpoint["state_dict"] = checkpoint["state_dict"] | named
+            else:
+                shadows = {name: shadow.full_tensor().cpu() for name, shadow in divided.items()}
+            average = callbacks[EMA_STATE] | {"shadows": shadows}
+            checkpoint["callbacks"] = callbacks | {EMA_STATE: average}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _as_divided(self, shadows: Mapping[str, Tensor]) -> dict[str, DTensor]:
+        """Tell torch of which tensors the averages of this process are parts."""
+        assert self.lightning_module is not None
+        parameters = dict(self.lightning_module.named_parameters())
+        divided = {}
+        for name, shadow in shadows.items():
+            like = parameters[name]
+            assert isinstance(like, DTensor)
+            divided[name] = DTensor.from_local(
+                shadow,
+                like.device_mesh,
+                like.placements,
+                run_check=False,
+                shape=like.shape,
+                stride=like.stride(),
+            )
+        return divided
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read what goes on training in parts, and everything else as one process would.
+
+        Raises:
+            ValueError: If training cannot go on from there with this strategy.
+        """
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(checkpoint_path))
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return read_checkpoint(path)
+        if layout_of(path) == "zero":
+            raise ValueError(
+                f"'{path}' was written by DeepSpeed: go on with its strategy, or start from its "
+                "weights by `model.init_from`."
+            )
+        checkpoint = super().load_checkpoint(path, weights_only=True)
+        state = checkpoint.get("callbacks", {}).get(EMA_STATE)
+        if state is not None and layout_of(path) == "fsdp":
+            state["shadows"] = self._read_shadows(path)
+        return checkpoint
+
+    def _read_shadows(self, path: Path) -> dict[str, Tensor]:
+        """Read this process's part of the average."""
+        from torch.distributed.checkpoint import load
+
+        assert self.lightning_module is not None
+        stored = stored_averages(path)
+        shadows = {
+            name: torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            for name, parameter in self.lightning_module.named_parameters()
+            if name in stored
+        }
+        load(
+            {f"state_dict.{EMA_PREFIX}{name}": shadow for name, shadow in shadows.items()},
+            checkpoint_id=path,
+        )
+        return {name: shadow.to_local() for name, shadow in shadows.items()}  # type: ignore[attr-defined]
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load whole weights; those of a training have been loaded before."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            from lightning.fabric.strategies.model_parallel import _load_raw_module_state
+
+            _load_raw_module_state(checkpoint["state_dict"], self.lightning_module, strict=strict)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "deepspeed_zero1": lambda: ZeRO(1),
+    "deepspeed_zero2": lambda: ZeRO(2),
+    "deepspeed_zero2_offload": lambda: ZeRO(2, offload=True),
+    "deepspeed_zero3": lambda: ZeRO(3),
+    "deepspeed_zero3_offload": lambda: ZeRO(3, offload=True),
+    "fsdp": FSDP,
+    "fsdp_full": lambda: FSDP(save_distributed_checkpoint=False),
+}
+"""Named strategies of this package; "ddp" and "auto" are Lightning's."""
+
+LIGHTNINGS_OWN = {
+    "deepspeed": "deepspeed_zero2",
+    "deepspeed_stage_1": "deepspeed_zero1",
+    "deepspeed_stage_2": "deepspeed_zero2",
+    "deepspeed_stage_2_offload": "deepspeed_zero2_offload",
+    "deepspeed_stage_3": "deepspeed_zero3",
+    "deepspeed_stage_3_offload": "deepspeed_zero3_offload",
+}
+"""Names for which Lightning has a strategy that loses the average; ours takes their place."""
+
+
+def named_strategy(name: Any) -> Any:
+    """Return the strategy of a name; what is no name of ours stays as it is."""
+    if not isinstance(name, str):
+        return name
+    build = STRATEGIES.get(LIGHTNINGS_OWN.get(name, name))
+    return name if build is None else build()
+
+
+def register_strategies() -> None:
+    """Let Lightning's Trainer know the names, too."""
+    for name in (*STRATEGIES, *LIGHTNINGS_OWN):
+        build = STRATEGIES[LIGHTNINGS_OWN.get(name, name)]
+        StrategyRegistry.register(
+            name, build, description="see grn_lightning.lit.strategies", override=True
+        )
