@@ -16,9 +16,7 @@ from grn_lightning.lit.callbacks import (
     DigitFeatures,
     EvaluateSamples,
     SampleSheet,
-    Throughput,
 )
-from grn_lightning.lit.callbacks import throughput as throughput_module
 from grn_lightning.lit.checkpoints import find_checkpoint
 from grn_lightning.lit.data import ShardData
 from grn_lightning.lit.generator import LitGenerator
@@ -326,38 +324,3 @@ def test_callbacks_of_the_other_stage_are_refused(capsys, digits, tokenizer_run,
             call_grn("fit", "-c", write_yaml(tmp_path / str(number), config))
         assert stop.value.code == 2
         assert "take it out of `trainer.callbacks`." in capsys.readouterr().err.splitlines()[-1]
-
-
-# --- speed ----------------------------------------------------------------------------------------
-
-
-def test_throughput_counts_samples_and_waiting_of_all_devices(monkeypatch):
-    """A clock that is set by hand: each step waits 1 s for data and works 3 s."""
-    clock, log = [0.0], []
-    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: clock[0])
-    trainer: Any = SimpleNamespace(world_size=2, log_every_n_steps=2, global_step=0)
-    module: Any = SimpleNamespace(log=lambda name, value: log.append((name, value)))
-    speed, batch = Throughput(), {"keys": ["a", "b", "c"]}
-    speed.on_train_start(trainer, module)
-    for step in range(1, 7):
-        clock[0] += 1
-        speed.on_train_batch_start(trainer, module, batch, 0)
-        clock[0] += 3
-        trainer.global_step = step
-        speed.on_train_batch_end(trainer, module, None, batch, 0)
-        if step == 4:
-            clock[0] += 1000  # validation is no training
-            speed.on_validation_end(trainer, module)
-    rates = [value for name, value in log if name == "perf/samples_per_second"]
-    waits = [value for name, value in log if name == "perf/data_wait"]
-    assert rates == pytest.approx([2 * 6 / 8] * 3)
-    # The wait for the first batch of a count is not known: it lies before the clock was read.
-    assert waits == pytest.approx([1 / 8, 2 / 8, 1 / 8])
-
-
-def test_a_run_logs_its_speed(digits, tmp_path):
-    config = tokenizer_config(tmp_path, digits, callbacks=[callback("Throughput")])
-    fit(tmp_path, watched(config, tmp_path, log_every_n_steps=2))
-    found = events(tmp_path)
-    assert [event.step for event in found.Scalars("perf/samples_per_second")] == [1, 3]
-    assert all(0 <= event.value < 1 for event in found.Scalars("perf/data_wait"))
