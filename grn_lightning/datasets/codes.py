@@ -211,7 +211,7 @@ def encode_text(features: TextFeatures, encoder_hash: str) -> tuple[bytes, dict[
     buffer = io.BytesIO()
     kept = features.embeds[features.mask].cpu().float().numpy()
     np.savez(buffer, embeds=kept, mask=features.mask.cpu().numpy())
-    plain = {"format": FORMAT, "encoder_hash": encoder_hash}
+    plain = {"format": FORMAT, "encoder_hash": encoder_hash, "num_tokens": len(kept)}
     data = buffer.getvalue()
     return data, plain | {"crc32": _checksum(plain, data)}
 

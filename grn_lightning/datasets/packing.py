@@ -11,8 +11,8 @@ Packs are numbered without regard to ranks: with `w` ranks, rank `r` takes in st
 `PackedPosition` holds all there is to know of these; so a run may go on with any number of ranks,
 and neither repeats nor loses a document.
 
-A document that is longer than the budget can never be packed. It is counted, told about once, and
-left out; where there are too many, the run stops.
+A document that is longer than the budget can never be packed, one that cannot be measured neither.
+Such documents are counted, told about once, and left out; where there are too many, the run stops.
 """
 
 import warnings
@@ -24,10 +24,11 @@ from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
+from grn_lightning.datasets.codes import OtherTokenizerError
 from grn_lightning.datasets.order import Position, SampleRequest, TrainingOrder
 
 _ENDLESS = 10**12  # as in `order.py`
-_FEW_TOO_LONG = 10  # so many are let pass before their share means anything
+_FEW_LEFT_OUT = 10  # so many are let pass before their share means anything
 _REMEMBERED = 1024  # positions of past steps; a loader is never so far ahead
 
 
@@ -83,14 +84,14 @@ class PackedPosition:
         waiting: What of it has not been packed, oldest first.
         steps: Steps taken.
         packed: Documents in their packs.
-        too_long: Documents of each source that are longer than the budget.
+        left_out: Documents of each source that were too long, or could not be measured.
     """
 
     drawn: Position
     waiting: tuple[Document, ...]
     steps: int
     packed: int
-    too_long: tuple[int, ...]
+    left_out: tuple[int, ...]
 
     @property
     def num_batches(self) -> int:
@@ -117,16 +118,17 @@ class PackedOrder:
 
     Args:
         stream: Documents, one per step; its weights are shares of documents.
-        measure: Returns the tokens of a document; it must be quick and always say the same.
+        measure: Returns the tokens of a document; it must be quick and always say the same. It may
+            refuse one (`ValueError`, `OSError`).
         token_budget: Most tokens of a pack.
         num_ranks: Number of data-parallel processes, each with a pack per step.
         look_ahead: Budgets of tokens that wait to be packed.
-        max_too_long: Share of documents longer than the budget that is let pass.
+        max_left_out: Share of documents that may be too long or unreadable.
         describe: Names a document in messages.
 
     Raises:
-        ValueError: If a number is out of range; from every method, if too many documents are
-            longer than the budget.
+        ValueError: If a number is out of range; from every method, if too many documents are left
+            out.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class PackedOrder:
         token_budget: int,
         num_ranks: int = 1,
         look_ahead: int = 4,
-        max_too_long: float = 0.01,
+        max_left_out: float = 0.01,
         describe: Callable[[SampleRequest], str] = str,
     ):
         if token_budget < 3 or look_ahead < 1:
@@ -147,13 +149,22 @@ class PackedOrder:
             )
         self.stream, self.measure, self.token_budget = stream, measure, token_budget
         self.num_ranks, self.look_ahead = num_ranks, look_ahead
-        self.max_too_long, self.describe = max_too_long, describe
+        self.max_left_out, self.describe = max_left_out, describe
         self._told: set[int] = set()
         self._step = lru_cache(maxsize=4)(self._make_step)
 
     def start(self) -> PackedPosition:
         """Return the position before the first step."""
         return PackedPosition(self.stream.start(), (), 0, 0, (0,) * len(self.stream.sources))
+
+    def resume(self, position: PackedPosition, waiting: Sequence[SampleRequest]) -> PackedPosition:
+        """Return a position with documents that waited in an earlier run, measured anew."""
+        documents, left_out = [], list(position.left_out)
+        for request in waiting:
+            size = self._measured(request, left_out, position.drawn.num_samples)
+            if size is not None:
+                documents.append(Document(request, size))
+        return replace(position, waiting=tuple(documents), left_out=tuple(left_out))
 
     def advance(self, position: PackedPosition, num_steps: int = 1) -> PackedPosition:
         """Return the position `num_steps` steps later."""
@@ -194,35 +205,47 @@ class PackedOrder:
     def _draw(self, position: PackedPosition) -> PackedPosition:
         """Take documents from the stream until enough of them wait."""
         drawn, waiting = position.drawn, list(position.waiting)
-        too_long = list(position.too_long)
+        left_out = list(position.left_out)
         wanted = self.look_ahead * self.token_budget
         tokens = sum(document.tokens for document in waiting)
         while tokens < wanted:
             (request,) = self.stream.batch(drawn)
             drawn = self.stream.advance(drawn)
+            size = self._measured(request, left_out, drawn.num_samples)
+            if size is not None:
+                waiting.append(Document(request, size))
+                tokens += size
+        return replace(position, drawn=drawn, waiting=tuple(waiting), left_out=tuple(left_out))
+
+    def _measured(self, request: SampleRequest, left_out: list[int], seen: int) -> int | None:
+        """Return the tokens of a document; count it where it cannot be packed."""
+        try:
             size = self.measure(request)
             if size > self.token_budget:
-                too_long[request.source] += 1
-                self._tell(request, size, sum(too_long), drawn.num_samples)
-                continue
-            waiting.append(Document(request, size))
-            tokens += size
-        return replace(position, drawn=drawn, waiting=tuple(waiting), too_long=tuple(too_long))
+                raise ValueError(
+                    f"it has {size} tokens, more than the budget of {self.token_budget}."
+                )
+            return size
+        except OtherTokenizerError:
+            raise
+        except (ValueError, OSError) as error:
+            left_out[request.source] += 1
+            self._tell(request, error, sum(left_out), seen)
+            return None
 
-    def _tell(self, request: SampleRequest, size: int, count: int, seen: int) -> None:
+    def _tell(self, request: SampleRequest, error: Exception, count: int, seen: int) -> None:
         name = self.describe(request)
-        if count > self.max_too_long * seen and (count >= _FEW_TOO_LONG or not self.max_too_long):
+        few = count < _FEW_LEFT_OUT and self.max_left_out > 0
+        if count > self.max_left_out * seen and not few:
             raise ValueError(
-                f"{count} of {seen} documents are longer than the token budget of "
-                f"{self.token_budget}, the last of them, {name}, has {size} tokens; raise "
-                "`token_budget`, take smaller sizes or fewer frames, or raise `max_too_long`."
-            )
+                f"{count} of {seen} documents cannot be packed, more than {self.max_left_out:.0%}. "
+                f"The last one is {name}: {error} Raise `token_budget`, take smaller sizes or "
+                "fewer frames, repair the shards, or raise `max_left_out`."
+            ) from error
         if request.number not in self._told:
             self._told.add(request.number)
             warnings.warn(
-                f"{name} is left out: it has {size} tokens, the budget is {self.token_budget} "
-                f"({count} of {seen} documents so far).",
-                stacklevel=2,
+                f"left out, {count} of {seen} documents so far: {name}: {error}", stacklevel=2
             )
 
 

@@ -400,6 +400,8 @@ class ShardDataset(Dataset[Item]):
             are, whatever their share. 0 accepts none.
     """
 
+    instead = "another sample replaces"
+
     def __init__(
         self,
         readers: Sequence[SampleReader],
@@ -446,4 +448,4 @@ class ShardDataset(Dataset[Item]):
                 f"max_bad_fraction={limit} allows. The last one is {where}: {error} "
                 "Repair or rebuild the shards, or raise `max_bad_fraction`."
             ) from error
-        warnings.warn(f"another sample replaces {where}: {error}", stacklevel=3)
+        warnings.warn(f"{self.instead} {where}: {error}", stacklevel=3)

@@ -115,7 +115,8 @@ class CodeStage(StageModule):
                 "a sample would be remembered as it was seen first."
             )
         media = [source.media for source in sources]
-        if len(set(media)) < len(media):
+        is_packed = hasattr(getattr(self.trainer, "datamodule", None), "token_budget")
+        if len(set(media)) < len(media) and not is_packed:
             raise ValueError(
                 f"`cache_codes` must be false with several sources of one medium, got {media}: "
                 "samples are remembered by key, and two sources may use the same."

@@ -7,11 +7,12 @@ devices nor on an interruption.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from grn_lightning.datasets.documents import PackedBatch, Strides, is_pack
 from grn_lightning.datasets.samples import Batch
 from grn_lightning.functional import (
     Stream,
@@ -20,6 +21,7 @@ from grn_lightning.functional import (
     keep_mask,
     logit_normal,
     random_codes,
+    round_accuracy,
     shift,
     token_accuracy,
     token_cross_entropy,
@@ -34,14 +36,17 @@ from grn_lightning.lit.checkpoints import (
 )
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
+from grn_lightning.lit.packed_step import LOSS_WEIGHTS, LossWeights, pack_step, pack_work
 from grn_lightning.lit.prediction import PredictionPlan
 from grn_lightning.lit.tokenizer import Prediction
+from grn_lightning.lit.work import Work, text_lengths
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig
 from grn_lightning.models.pretrained import Pretrained, is_export, read_pretrained
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
 from grn_lightning.models.variants import GRN_CLASS, GRN_TEXT, get_variant
+from grn_lightning.nn.packed_attention import BACKENDS, Backend
 from grn_lightning.pipelines import Condition as Condition
 from grn_lightning.pipelines import Drawn, GeneratorPipeline, check_text_channels
 from grn_lightning.pipelines import target_of as target_of
@@ -60,6 +65,8 @@ class CorruptionConfig:
     """alpha of t / (t + alpha (1 - t)); above 1 is noisier, for large maps."""
     condition_dropout: float = 0.1
     """Share of samples that train the unconditional branch."""
+    i2v_ratio: float = 0.0
+    """Share of packed clips that are given their first latent frame and continue it."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -70,6 +77,8 @@ class CorruptionConfig:
             issues.append(f"`time_shift` must be positive, got {self.time_shift}")
         if not 0 <= self.condition_dropout <= 1:
             issues.append(f"`condition_dropout` must be in [0, 1], got {self.condition_dropout}")
+        if not 0 <= self.i2v_ratio <= 1:
+            issues.append(f"`i2v_ratio` must be in [0, 1], got {self.i2v_ratio}")
         if issues:
             raise ValueError("CorruptionConfig: " + "; ".join(issues) + ".")
 
@@ -103,6 +112,11 @@ class LitGenerator(CodeStage):
             the start, or an export; null starts from random weights.
         cache_codes: Keep the codes of every training sample in memory, by its key. For sets that
             fit and are not augmented.
+        loss_weights: What counts the same in the loss of packed documents: "uniform" every
+            predicted position, "document" every document, "sqrt" is in between, the published
+            choice. Batches of one size know no difference.
+        attention_backend: What computes the attention of packed documents: "flex", "documents",
+            "dense", or "auto", which is "flex" on CUDA and "documents" elsewhere.
         seed: Seed of all noise.
     """
 
@@ -119,6 +133,8 @@ class LitGenerator(CodeStage):
         optim: OptimConfig | None = None,
         init_from: str | None = None,
         cache_codes: bool = False,
+        loss_weights: LossWeights = "sqrt",
+        attention_backend: Backend = "auto",
         seed: int = 0,
     ):
         config = _generator_config(generator)
@@ -130,6 +146,13 @@ class LitGenerator(CodeStage):
             optim=optim,
             seed=seed,
         )
+        for name, value, known in (
+            ("loss_weights", loss_weights, LOSS_WEIGHTS),
+            ("attention_backend", attention_backend, BACKENDS),
+        ):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+        self.loss_weights, self.attention_backend = loss_weights, attention_backend
         self.generator_config = config
         self.corruption = as_config(CorruptionConfig, corruption)
         self.init_from = init_from
@@ -143,6 +166,8 @@ class LitGenerator(CodeStage):
                 "optim": as_plain(self.optim),
                 "init_from": init_from,
                 "cache_codes": cache_codes,
+                "loss_weights": loss_weights,
+                "attention_backend": attention_backend,
                 "seed": seed,
             }
         )
@@ -165,6 +190,7 @@ class LitGenerator(CodeStage):
             self.text_encoder = build_text_encoder(self.text_config)
             check_text_channels(self.generator_config, self.text_encoder)
             self.generator = GRNText(self.generator_config)
+            self.generator.packed_backend = self.attention_backend
         else:
             self.generator = GRNClass(self.generator_config)
         if self.init_from is not None:
@@ -226,7 +252,35 @@ class LitGenerator(CodeStage):
         """Return the condition of the unconditional branch: the null class, or the empty text."""
         return self.pipeline.null_condition(batch_size)
 
+    @property
+    def strides(self) -> Strides:
+        """Pixels per position of the tokenizer."""
+        config = self.tokenizer.config
+        return Strides(config.temporal_stride, config.spatial_stride)
+
+    def text_lengths(self, captions: list[str]) -> list[int]:
+        """Return the tokens of captions."""
+        return text_lengths({"captions": captions}, self.text_encoder)[0]
+
     # --- training ---------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Refuse data that this stage cannot learn from, besides what `CodeStage` refuses.
+
+        Raises:
+            ValueError: If first frames are asked for without packs, or packs are for classes.
+        """
+        has_packs = hasattr(getattr(self.trainer, "datamodule", None), "token_budget")
+        if self.corruption.i2v_ratio > 0 and not has_packs:
+            raise ValueError(
+                "`corruption.i2v_ratio` needs packs, in which clips with a first frame stand "
+                "beside others: take `grn_lightning.lit.packed.PackedShardData`, or set it to 0."
+            )
+        if has_packs and not self.is_text:
+            raise ValueError(
+                "packs are for text-conditional generators; take `ShardData` with a `GRNClass`."
+            )
+        super().on_fit_start()
 
     def _predict(
         self, x_1: Tensor, index: Tensor, batch: Batch, dropout: float
@@ -241,8 +295,27 @@ class LitGenerator(CodeStage):
         dropped = self._uniform(index, Stream.DROP, ()) < dropout
         return self.generator(x_t, t, self.condition(batch, dropped)), t
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Take one step on a batch of one source."""
+    def training_step(self, batch: Batch | PackedBatch, batch_idx: int) -> Tensor:
+        """Take one step on a batch of one source, or on a pack of documents."""
+        if is_pack(batch):
+            return self._packed_step(cast(PackedBatch, batch))
+        return self._plain_step(cast(Batch, batch))
+
+    def _packed_step(self, batch: PackedBatch) -> Tensor:
+        result = pack_step(self, batch)
+        self.samples_seen += batch["step_samples"]
+        number = len(batch["keys"])
+        self.log("train/loss", result.loss, prog_bar=True, batch_size=number)
+        if self.is_logging_step:
+            self._log_accuracy(result.accuracy, result.t)
+            self._log_rounds(result.predicted, result.targets)
+        return result.loss
+
+    def work_of(self, batch: Any) -> Work:
+        """Return what the network does with a batch, or with a pack."""
+        return pack_work(self, batch) if is_pack(batch) else super().work_of(batch)
+
+    def _plain_step(self, batch: Batch) -> Tensor:
         x_1 = self._training_elements(batch)
         dropout = self.corruption.condition_dropout
         logits, t = self._predict(x_1, batch["sample_index"], batch, dropout)
@@ -252,6 +325,7 @@ class LitGenerator(CodeStage):
         self.log("train/loss", loss, prog_bar=True)
         if self.is_logging_step:
             self._log_accuracy(token_accuracy(logits, x_1), t)
+            self._log_rounds(logits.detach().argmax(-1), x_1)
         return loss
 
     def _log_accuracy(self, accuracy: Tensor, t: Tensor) -> None:
@@ -260,6 +334,13 @@ class LitGenerator(CodeStage):
         for bin_number in counts.nonzero().flatten().tolist():
             name = f"train_accuracy/t{bin_number / len(counts):.1f}"
             self.log(name, sums[bin_number] / counts[bin_number])
+
+    def _log_rounds(self, predicted: Tensor, x_1: Tensor) -> None:
+        """Log the share of right bits by round of the quantizer, `train_accuracy/roundN`."""
+        rounds = self.tokenizer.config.num_rounds
+        accuracy = round_accuracy(predicted, x_1, num_rounds=rounds, target=self.target).mean(0)
+        for number, value in enumerate(accuracy.unbind()):
+            self.log(f"train_accuracy/round{number}", value)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy on held-out samples, with the noise of their position in the set."""

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from grn_lightning.datasets.codes import CodeFacts, check_hash, decode_codes, encode_codes
+from grn_lightning.datasets.documents import PackedBatch, first_document, is_pack
 from grn_lightning.functional import codes_to_elements, elements_to_codes, visual_rotary
 from grn_lightning.functional.rope import NUM_TEXT_POSITIONS
 from grn_lightning.lit.code_stage import CodeStage
@@ -477,6 +478,8 @@ def check_module(
             f"only tokenizers and generators can be checked, got {type(module).__name__}."
         )
     start = time.perf_counter()
+    if is_pack(batch) and isinstance(module, LitGenerator):
+        batch = cast(Mapping[str, Any], first_document(cast(PackedBatch, batch), module.strides))
     subject = Subject(module, first_samples(batch, num_samples), can_forward)
     with _undisturbed(module), full_precision(module.device):
         findings: list[Finding] = []

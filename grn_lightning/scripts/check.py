@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 
+from grn_lightning.datasets.documents import is_pack
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.data import ShardData
 from grn_lightning.lit.generator import LitGenerator, load_generator
+from grn_lightning.lit.packed import PackedShardData
 from grn_lightning.lit.preflight import (
     CheckReport,
     Finding,
@@ -84,6 +86,8 @@ def check_training(module: L.LightningModule, data: L.LightningDataModule) -> Ch
         ValueError: If networks or data cannot be built.
     """
     module.configure_model()
+    if isinstance(data, PackedShardData) and isinstance(module, LitGenerator):
+        data.measure_by(module)
     return merge_reports([check_module(module, one) for one in _distinct_batches(data)])
 
 
@@ -102,6 +106,9 @@ def _distinct_batches(data: L.LightningDataModule) -> Iterator[dict[str, Any]]:
     data.setup("fit")
     seen = set()
     for batch in islice(data.train_dataloader(), NUM_BATCHES):
+        if is_pack(batch):  # checked by its first document
+            yield batch
+            continue
         field = "codes" if "codes" in batch else "clips"
         if (shape := (field, *batch[field].shape[1:])) not in seen:
             seen.add(shape)

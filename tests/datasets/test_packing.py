@@ -117,24 +117,40 @@ def test_a_document_longer_than_the_budget_is_counted_and_told_once():
         return BUDGET + 1 if request.number == 7 else measure(request)
 
     order = make_order(measure=long_now_and_then, describe=lambda r: f"clip {r.number}")
-    with pytest.warns(UserWarning, match=f"clip 7 is left out: it has {BUDGET + 1} tokens"):
+    with pytest.warns(
+        UserWarning, match=f"clip 7: it has {BUDGET + 1} tokens, more than the budget"
+    ):
         position = order.advance(order.start(), 20)
     order._step.cache_clear()
     assert order.advance(order.start(), 20) == position  # a second warning would be an error
-    assert sum(position.too_long) == 1
+    assert sum(position.left_out) == 1
     numbers = [d.request.number for d in position.waiting]
     assert position.num_samples + len(numbers) + 1 == position.drawn.num_samples
+
+
+def test_a_document_that_cannot_be_measured_is_left_out_like_a_long_one():
+    def broken_once(request: SampleRequest) -> int:
+        if request.number == 3:
+            raise OSError("gone")
+        return measure(request)
+
+    order = make_order(measure=broken_once)
+    with pytest.warns(UserWarning, match=r"left out, 1 of 4 documents so far: .*number=3.*: gone"):
+        position = order.advance(order.start(), 20)
+    assert sum(position.left_out) == 1
 
 
 def test_too_many_long_documents_stop_the_run():
     order = make_order(measure=lambda r: BUDGET + 1)
     with (
-        pytest.warns(UserWarning, match="is left out"),
-        pytest.raises(ValueError, match=r"10 of 10 documents are longer than the token budget"),
+        pytest.warns(UserWarning, match="left out, [1-9] of"),
+        pytest.raises(ValueError, match=r"10 of 10 documents cannot be packed, more than 1%"),
     ):
         order.advance(order.start())
-    with pytest.raises(ValueError, match="raise `token_budget`, take smaller sizes"):
-        make_order(measure=lambda r: BUDGET + 1, max_too_long=0).advance(order.start())
+    with pytest.raises(
+        ValueError, match=r"has 4097 tokens, .* Raise `token_budget`, take smaller sizes"
+    ):
+        make_order(measure=lambda r: BUDGET + 1, max_left_out=0).advance(order.start())
 
 
 @pytest.mark.parametrize("options", [{"look_ahead": 0}])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from grn_lightning.functional import ASPECT_TEMPLATES, nearest_aspect_template, visual_rotary
-from grn_lightning.pipelines.resolutions import (
+from grn_lightning.media.resolutions import (
     PRESETS,
     TEMPLATES,
     frames_for,
