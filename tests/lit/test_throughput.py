@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grn_lightning.lit import devices
 from grn_lightning.lit.callbacks import Throughput
 from grn_lightning.lit.callbacks import throughput as throughput_module
 from grn_lightning.lit.work import Work
-from tests.lit.test_callbacks import events
 from tests.tiny_runs import callback, fit, generator_config, logger
 
 WORK = Work(3, 30, 40, 6e12)
@@ -142,7 +142,7 @@ def test_a_run_logs_its_speed(digits, tokenizer_run, tmp_path):
         "accumulate_grad_batches": 2,
     }
     fit(tmp_path, config)
-    found = events(tmp_path)
+    found = EventAccumulator(str(tmp_path / "log")).Reload()
     for tag in ("samples_per_second", "tokens_per_second", "tflops_per_device", "peak_memory_gib"):
         points = found.Scalars(f"perf/{tag}")
         assert [event.step for event in points] == [1, 3]
