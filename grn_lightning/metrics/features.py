@@ -3,8 +3,10 @@
 Most of the distance between two FIDs of the same samples arises here, before any network.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -68,14 +70,21 @@ def require_extractor(extractor: Any) -> tuple[str, int]:
 
 def protocol_of(extractor: Any, *, num_samples: int = 0, reference: str = "") -> protocols.Protocol:
     """Return the protocol of numbers with the features of an extractor."""
+    network = getattr(extractor, "network", "")
     return protocols.Protocol(
         features=extractor.name,
         num_samples=num_samples,
         reference=reference,
         rounding=getattr(extractor, "rounding", "none"),
         resize=getattr(extractor, "resize", "none"),
-        network=getattr(extractor, "network", ""),
+        network=network if isinstance(network, str) else "",  # many modules call a layer so
     )
+
+
+def short_hash(path: Path) -> str:
+    """Return the first eight digits of the SHA-256 of a file of weights."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ torchmetrics keeps them in evaluation mode. Here are the three published ways to
 three outputs.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from grn_lightning.metrics.features import (
     Features,
     full_float32,
     resize_bytes,
+    short_hash,
     to_bytes,
     to_frames,
 )
@@ -97,10 +97,8 @@ class InceptionFeatures(nn.Module):
                 f"{path} must be a plain state dict of tensors, but does not load as one; fetch it "
                 f"again from {INCEPTION_URL}."
             ) from error
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.layers = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
-        self.network = f"inception-2015-12-05-{digest[:8]}"
+        self.network = f"inception-2015-12-05-{short_hash(path)}"
 
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(b, 3, f, h, w)` in [-1, 1] to the features of all frames, `(b f, 2048)`."""

@@ -26,10 +26,11 @@ from typing import Any, Literal, Self, get_args
 Rounding = Literal["round", "truncate", "none"]
 """How samples become bytes: to the nearest level, to the one below, or not at all."""
 
-Resize = Literal["tensorflow", "pil-bicubic", "bilinear", "none"]
+Resize = Literal["tensorflow", "pil-bicubic", "bilinear", "open_clip", "none"]
 """How pictures reach the size of the network: bilinearly without antialiasing from the top left
 corner as TensorFlow 1 did; by PIL's antialiased bicubic filter, without rounding after it;
-bilinearly without antialiasing from the centres of pixels; or not at all."""
+bilinearly without antialiasing from the centres of pixels; by the transforms of open_clip; or not
+at all."""
 
 ScoreOrder = Literal["shuffled", "in order"]
 """How samples are spread over the parts of an Inception score."""

@@ -6,16 +6,21 @@ network and weights together. Any other network serves as well, and gives anothe
 file's name and hash belong to it.
 """
 
-import hashlib
 import warnings
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
-from grn_lightning.media.images import to_uint8
+from grn_lightning.metrics.features import (
+    full_float32,
+    resize_bytes,
+    short_hash,
+    to_bytes,
+    to_frames,
+)
+from grn_lightning.metrics.protocols import Resize, Rounding
 
 SIZE = (224, 224)
 """Height and width in pixels that I3D sees; frames are scaled, not cropped."""
@@ -41,6 +46,8 @@ class VideoFeatures(nn.Module):
     """
 
     title = "FVD"
+    rounding: Rounding = "round"
+    resize: Resize = "bilinear"
 
     def __init__(self, path: Path | str) -> None:
         super().__init__()
@@ -53,18 +60,18 @@ class VideoFeatures(nn.Module):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch asks for another format of files
-                self.network = torch.jit.load(path, map_location="cpu").eval()
+                self.scripted = torch.jit.load(path, map_location="cpu").eval()
         except Exception as error:
             raise ValueError(f"'{path}' is no TorchScript file: {error}") from error
-        names = {argument.name for argument in self.network.forward.schema.arguments}
+        names = {argument.name for argument in self.scripted.forward.schema.arguments}
         self.options = _OPTIONS if set(_OPTIONS) <= names else {}
-        self.name = f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+        self.name = self.network = f"{path.stem}-{short_hash(path)}"
         self.num_features = self._probe(path)
 
     @torch.no_grad()
     def _probe(self, path: Path) -> int:
         try:
-            features = self.network(torch.zeros(1, 3, _PROBE_FRAMES, *SIZE), **self.options)
+            features = self.scripted(torch.zeros(1, 3, _PROBE_FRAMES, *SIZE), **self.options)
         except Exception as error:
             raise ValueError(
                 f"the network in '{path}' does not take clips (b, 3, f, 224, 224): {error}"
@@ -76,7 +83,8 @@ class VideoFeatures(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(b, 3, f, h, w)` in [-1, 1] to features `(b, num_features)`."""
-        frames = to_uint8(rearrange(clips, "b c f h w -> (b f) c h w")).float() / 127.5 - 1
-        scaled = interpolate(frames, SIZE, mode="bilinear", align_corners=False)
+        frames = to_bytes(to_frames(clips), self.rounding)
+        scaled = resize_bytes(frames, SIZE, self.resize) / 127.5 - 1
         shown = rearrange(scaled, "(b f) c h w -> b c f h w", b=len(clips))
-        return self.network(shown, **self.options)
+        with full_float32(clips.device):
+            return self.scripted(shown, **self.options)
