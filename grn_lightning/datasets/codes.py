@@ -8,7 +8,8 @@ of the same name::
                "latent_channels": 12, "grid": [3, 2, 2], "size": [9, 32, 32], "fps": null,
                "crc32": 305419896}}
 
-A mirrored copy, if there is one, is the member ``flip.codes`` with an entry of that name. The
+A mirrored copy, if there is one, is the member ``flip.codes`` with an entry of that name; the codes
+of four corners are ``crop1.codes`` to ``crop4.codes``, mirrored ``flip.crop1.codes`` and so on. The
 checksum covers facts and bits, so that neither changes unnoticed. Text features are the member
 ``text.npz`` with the entry ``text.npz``.
 """
@@ -29,7 +30,8 @@ from grn_lightning.functional.hbq import pack_codes, unpack_codes
 
 FORMAT = 1
 CODES = "codes"
-FLIPPED = "flip.codes"
+NUM_CROPS = 5
+"""Centre (or the whole), and four corners."""
 TEXT = "text.npz"
 
 _ADVICE = "encode the shards again with `grn encode`"
@@ -37,6 +39,23 @@ _ADVICE = "encode the shards again with `grn encode`"
 
 class OtherTokenizerError(ValueError):
     """Codes or text features are those of another network than the one at hand."""
+
+
+def codes_member(crop: int = 0, is_flipped: bool = False) -> str:
+    """Return the member that holds the codes of a crop.
+
+    Example:
+        >>> codes_member(), codes_member(2, is_flipped=True)
+        ('codes', 'flip.crop2.codes')
+    """
+    parts = [*["flip"] * is_flipped, *[f"crop{crop}"] * (crop > 0), CODES]
+    return ".".join(parts)
+
+
+CODE_MEMBERS = tuple(
+    codes_member(crop, flip) for crop in range(NUM_CROPS) for flip in (False, True)
+)
+"""All members that may hold codes."""
 
 
 @dataclass(frozen=True, kw_only=True)

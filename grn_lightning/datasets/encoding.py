@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from grn_lightning.datasets.codes import (
-    CODES,
-    FLIPPED,
     FORMAT,
     TEXT,
     CodeFacts,
@@ -59,7 +57,9 @@ class EncodingPlan:
     fps: float | None
     """Frames per second at which videos are read."""
     flip: bool
-    """Whether a mirrored copy is stored."""
+    """Whether mirrored copies are stored."""
+    crop_scale: float | None = None
+    """Size of the scaled picture over that of its five crops; None is the centre crop alone."""
     tokenizer_hash: str
     """Of the tokenizer's weights."""
     text_hash: str | None
@@ -68,8 +68,11 @@ class EncodingPlan:
     """Hash of names and sizes of the source's shards."""
 
     def plain(self) -> dict[str, Any]:
-        """Return the plan as JSON holds it."""
-        return json.loads(json.dumps({"format": FORMAT, **asdict(self)}))
+        """Return the plan as JSON holds it; one crop goes unsaid, as before there were more."""
+        facts = asdict(self)
+        if self.crop_scale is None:
+            del facts["crop_scale"]
+        return json.loads(json.dumps({"format": FORMAT, **facts}))
 
     def check(self, folder: Path) -> None:
         """Refuse to mix two sets under one name.
@@ -85,10 +88,11 @@ class EncodingPlan:
                 )
             return
         old = json.loads(path.read_text())
+        new = self.plain()
         changed = [
-            f"{name} was {old.get(name)} and is {value}"
-            for name, value in self.plain().items()
-            if old.get(name) != value
+            f"{name} was {old.get(name)} and is {new.get(name)}"
+            for name in {**new, **old}
+            if old.get(name) != new.get(name)
         ]
         if changed:
             raise ValueError(
@@ -209,10 +213,8 @@ class ShardBatches(Sampler[list[Place]]):
 class Encoded(NamedTuple):
     """What the networks made of a `SourceBatch`."""
 
-    codes: Tensor
-    """Long `(b, d, f', h', w')`."""
-    flipped: Tensor | None
-    """Codes of the mirrored clips, likewise."""
+    codes: dict[str, Tensor]
+    """Long `(b, d, f', h', w')` by the member they are stored as; see `codes_member`."""
     text: list[TextFeatures] | None
     """Features of the captions."""
 
@@ -233,9 +235,8 @@ def code_samples(
     for n, (key, carried) in enumerate(zip(batch.keys, batch.carried, strict=True)):
         sample: dict[str, Any] = {"__key__": key, **carried}
         entries = _as_object(carried.get("json", b"{}"))
-        sample[CODES], entries[CODES] = encode_codes(encoded.codes[n], facts)
-        if encoded.flipped is not None:
-            sample[FLIPPED], entries[FLIPPED] = encode_codes(encoded.flipped[n], facts)
+        for name, codes in encoded.codes.items():
+            sample[name], entries[name] = encode_codes(codes[n], facts)
         if encoded.text is not None and text_hash is not None:
             sample[TEXT], entries[TEXT] = encode_text(encoded.text[n], text_hash)
         yield sample | {"json": json.dumps(entries, sort_keys=True, ensure_ascii=False).encode()}

@@ -15,11 +15,12 @@ from torch.utils.data import Dataset
 
 from grn_lightning.datasets.codes import (
     CODES,
-    FLIPPED,
+    NUM_CROPS,
     TEXT,
     CodeFacts,
     OtherTokenizerError,
     TextFeatures,
+    codes_member,
     decode_codes,
     decode_text,
     first_frames,
@@ -31,7 +32,7 @@ from grn_lightning.media.images import center_crop_resize, decode_image, to_floa
 from grn_lightning.media.video import decode_video
 
 _FEW_BAD = 10  # so many are forgiven before the share of bad samples means anything
-_FLIP, _WINDOW = 0, 1  # purposes of the random numbers of a sample
+_FLIP, _WINDOW, _CROP = 0, 1, 2  # purposes of the random numbers of a sample
 _NO_FRAMES = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 _EXTENSIONS: dict[str, tuple[str, ...]] = {"image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
@@ -49,6 +50,7 @@ class SampleFormat:
         random_window: Read a random stretch of a film instead of its beginning. The whole film
             is decoded for it: made for short ones.
         horizontal_flip: Mirror every second sample. Never for digits, text or "moves left".
+        random_crop: Take any of the five crops whose codes are stored, all alike; only of codes.
         with_classes: Read the class index (`cls`).
         with_captions: Read the caption (`txt`).
         with_text_features: Read cached features of the caption (`text.npz`).
@@ -63,19 +65,20 @@ class SampleFormat:
     fps: float | None = None
     random_window: bool = False
     horizontal_flip: bool = False
+    random_crop: bool = False
     with_classes: bool = False
     with_captions: bool = False
     with_text_features: bool = False
     num_classes: int | None = None
     codes: bool = False
 
-    def fields(self, *, is_flipped: bool = False) -> tuple[str, ...]:
-        """Extensions to be read of a sample."""
+    def fields(self, codes: str = CODES) -> tuple[str, ...]:
+        """Extensions to be read of a sample, whose codes are the member of that name."""
         labels = ["cls"] * self.with_classes + ["txt"] * self.with_captions
         labels += [TEXT] * self.with_text_features
         labels += ["json"] * (self.codes or self.with_text_features)
         if self.codes:
-            return (FLIPPED if is_flipped else CODES, *labels)
+            return (codes, *labels)
         return (*_EXTENSIONS[self.media], *labels)
 
 
@@ -216,7 +219,7 @@ class SampleReader:
         self.code_facts: CodeFacts | None = None
         self.text_hash: str | None = None
         self.code_facts, self.text_hash = self._first_facts()
-        self._cache: dict[tuple[int, bool], Sample] = {}
+        self._cache: dict[tuple[int, str], Sample] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """Leave cached samples behind when pickled."""
@@ -249,16 +252,19 @@ class SampleReader:
             OSError: If the shard cannot be read.
         """
         is_flipped = self.format.horizontal_flip and bool(_random(self.seed, number, _FLIP) % 2)
-        place = (index, is_flipped and self.format.codes)  # pixels are flipped when they are taken
+        crop = _random(self.seed, number, _CROP) % NUM_CROPS if self.format.random_crop else 0
+        # Pixels are flipped when they are taken.
+        codes = codes_member(crop, is_flipped) if self.format.codes else CODES
+        place = (index, codes)
         sample = self._cache.get(place)
         if sample is None:
-            sample = self._decode(self.shards.read(index, self.format.fields(is_flipped=place[1])))
+            sample = self._decode(self.shards.read(index, self.format.fields(codes)), codes)
         if self.cache_decoded:
             self._cache[place] = sample
         return sample._replace(clip=self._augment(sample.clip, number, is_flipped))
 
-    def _decode(self, raw: RawSample) -> Sample:
-        codes, facts = self._decode_codes(raw) if self.format.codes else (None, None)
+    def _decode(self, raw: RawSample, member: str) -> Sample:
+        codes, facts = self._decode_codes(raw, member) if self.format.codes else (None, None)
         return Sample(
             key=raw.key,
             clip=_NO_FRAMES if self.format.codes else self._decode_clip(raw),
@@ -269,9 +275,8 @@ class SampleReader:
             text=self._decode_text(raw) if self.format.with_text_features else None,
         )
 
-    def _decode_codes(self, raw: RawSample) -> tuple[Tensor, CodeFacts]:
+    def _decode_codes(self, raw: RawSample, name: str = CODES) -> tuple[Tensor, CodeFacts]:
         """Codes of the frames that are wanted."""
-        name = FLIPPED if FLIPPED in raw.fields else CODES
         expected = None if self.code_facts is None else self.code_facts.tokenizer_hash
         entry = _entries(raw).get(name)
         codes, facts = decode_codes(_field(raw, name), entry, tokenizer_hash=expected)
@@ -364,7 +369,10 @@ def check_fields(shards: ShardSet, sample_format: SampleFormat, *, name: str) ->
     if sample_format.codes:
         wanted = {"codes": (CODES,)}
         if sample_format.horizontal_flip:
-            wanted["mirrored codes, see `grn encode --flip`"] = (FLIPPED,)
+            wanted["mirrored codes, see `grn encode --flip`"] = (codes_member(0, True),)
+        if sample_format.random_crop:
+            last = codes_member(NUM_CROPS - 1, sample_format.horizontal_flip)
+            wanted["codes of crops, see `grn encode --crop_scale`"] = (last,)
     if sample_format.with_text_features:
         wanted["text features, see `grn encode --text_encoder`"] = (TEXT,)
     if sample_format.with_classes:

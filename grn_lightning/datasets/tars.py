@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grn_lightning.datasets.codes import CODE_MEMBERS, TEXT
 from grn_lightning.datasets.files import atomic_file
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mov", "avi", "mkv")
-CODE_EXTENSIONS = ("codes", "flip.codes", "text.npz")
+CODE_EXTENSIONS = (*CODE_MEMBERS, TEXT)
 KNOWN_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, *CODE_EXTENSIONS, "txt", "cls", "json")
 
 _FORMAT = 1  # of a stored index

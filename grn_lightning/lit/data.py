@@ -178,6 +178,7 @@ class ShardData(L.LightningDataModule):
             sample_format = replace(
                 sample_format,
                 horizontal_flip=False,
+                random_crop=False,
                 random_window=False,
                 with_text_features=self.with_text_features and TEXT in shards.fields,
             )
@@ -187,6 +188,10 @@ class ShardData(L.LightningDataModule):
             (
                 sample_format.codes and sample_format.random_window,
                 "`random_window` needs pixels: the codes are those of one stretch of each video",
+            ),
+            (
+                sample_format.random_crop and not sample_format.codes,
+                "`random_crop` needs codes, those of `grn encode --crop_scale`; it holds pixels",
             ),
         )
         try:
@@ -208,6 +213,7 @@ class ShardData(L.LightningDataModule):
             fps=source.fps,
             random_window=source.random_window,
             horizontal_flip=source.horizontal_flip,
+            random_crop=source.random_crop,
             with_classes=self.with_classes,
             with_captions=self.with_captions,
             with_text_features=self.with_text_features,

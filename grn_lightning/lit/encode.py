@@ -13,9 +13,16 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import five_crop
 from tqdm import tqdm
 
-from grn_lightning.datasets.codes import CODES, CodeFacts, TextFeatures, decode_codes
+from grn_lightning.datasets.codes import (
+    CODES,
+    CodeFacts,
+    TextFeatures,
+    codes_member,
+    decode_codes,
+)
 from grn_lightning.datasets.encoding import (
     CodeShardWriter,
     Encoded,
@@ -94,23 +101,44 @@ class CodeEncoder(L.LightningModule):
         tokenizer: Frozen, in evaluation mode.
         text_encoder: Likewise; None leaves captions as they are.
         flip: Whether mirrored clips are encoded too.
+        crop_size: Height and width of the five crops that are encoded (centre and corners); None
+            encodes the clips as they are.
     """
 
     def __init__(
-        self, tokenizer: HBQTokenizer, text_encoder: TextEncoder | None, *, flip: bool
+        self,
+        tokenizer: HBQTokenizer,
+        text_encoder: TextEncoder | None,
+        *,
+        flip: bool,
+        crop_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.flip = flip
+        self.crop_size = crop_size
 
     def predict_step(self, batch: SourceBatch, batch_idx: int) -> Encoded | None:
         """Encode a batch; None if nothing of it could be read."""
         if not batch.keys:
             return None
-        flipped = self.tokenizer.tokenize(batch.clips.flip(-1)) if self.flip else None
+        codes = {
+            codes_member(crop, is_flipped): self.tokenizer.tokenize(
+                clips.flip(-1) if is_flipped else clips
+            )
+            for crop, clips in enumerate(self._crops(batch.clips))
+            for is_flipped in (False, True)[: 1 + self.flip]
+        }
         text = None if self.text_encoder is None else self._features(batch, self.text_encoder)
-        return Encoded(self.tokenizer.tokenize(batch.clips), flipped, text)
+        return Encoded(codes, text)
+
+    def _crops(self, clips: Tensor) -> list[Tensor]:
+        """Return the clips, or centre, top left, top right, bottom left, bottom right of them."""
+        if self.crop_size is None:
+            return [clips]
+        *corners, centre = five_crop(clips, list(self.crop_size))
+        return [centre, *corners]
 
     def _features(self, batch: SourceBatch, encoder: nn.Module) -> list[TextFeatures]:
         captions = [carried.get("txt", b"").decode().strip() for carried in batch.carried]
@@ -165,7 +193,7 @@ class WriteCodes(L.Callback):
         if outputs is None:
             self.writer.add(batch, iter(()))
         else:
-            self.statistics.update(outputs.codes)
+            self.statistics.update(outputs.codes[CODES])
             hashed = self.plan.text_hash
             self.writer.add(batch, code_samples(batch, outputs, self.facts, text_hash=hashed))
         if self.bar is not None:

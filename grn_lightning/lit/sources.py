@@ -44,6 +44,8 @@ class ShardSource:
     horizontal_flip: bool = False
     """Mirror every second training sample. Never for digits, text or "moves left". Codes need
     their mirrored copy (`grn encode --flip true`)."""
+    random_crop: bool = False
+    """Train on any of the five crops of each sample; only of codes (`grn encode --crop_scale`)."""
     max_samples: int | None = None
     """Use only the first samples of each split, for instance four to overfit."""
     shuffle_shards: int = 16

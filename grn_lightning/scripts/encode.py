@@ -124,6 +124,7 @@ def encode(
     out: Path | None = None,
     split: str = "train",
     flip: bool = False,
+    crop_scale: float | None = None,
     text_encoder: TextEncoderConfig | None = None,
     num_frames: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -147,6 +148,8 @@ def encode(
         split: Split to encode.
         flip: Store codes of mirrored samples as well, for `horizontal_flip`. Never for digits,
             text or "moves left".
+        crop_scale: Scale pictures to this multiple of the size and store the codes of their centre
+            and their four corners, for `random_crop`; with `flip` the ten crops of LlamaGen at 1.1.
         text_encoder: Frozen text encoder whose features of the captions are stored too.
         num_frames: Frames of a clip, 1 for a picture; by default as the tokenizer was trained.
         image_size: Height and width in pixels, or one number for both; by default likewise.
@@ -177,7 +180,7 @@ def encode(
     facts = _facts(network.config, weights_hash(network), size, fps)
     sample_format = SampleFormat(
         media=media,
-        size=(size.height, size.width),
+        size=_scaled(size, crop_scale),
         num_frames=size.num_frames,
         fps=fps,
         with_captions=encoder is not None,
@@ -190,6 +193,7 @@ def encode(
         size=facts.size,
         fps=fps,
         flip=flip,
+        crop_scale=crop_scale,
         tokenizer_hash=facts.tokenizer_hash,
         text_hash=None if encoder is None else text_encoder_hash(encoder),
         source=source_digest(source),
@@ -209,8 +213,19 @@ def encode(
     )
     trainer = _trainer(accelerator, devices, num_nodes)
     trainer.callbacks.append(WriteCodes(writer, plan, facts, statistics))  # type: ignore[attr-defined]
-    trainer.predict(CodeEncoder(network, encoder, flip=flip), data, return_predictions=False)
+    crop_size = None if crop_scale is None else (size.height, size.width)
+    network_at_work = CodeEncoder(network, encoder, flip=flip, crop_size=crop_size)
+    trainer.predict(network_at_work, data, return_predictions=False)
     return _report(out, split, source, names)
+
+
+def _scaled(size: ClipSize, crop_scale: float | None) -> tuple[int, int]:
+    """Return height and width to which pictures are scaled before they are cropped."""
+    if crop_scale is None:
+        return size.height, size.width
+    if crop_scale < 1:
+        raise ValueError(f"`--crop_scale` must be at least 1, got {crop_scale}.")
+    return int(crop_scale * size.height), int(crop_scale * size.width)
 
 
 def _size(

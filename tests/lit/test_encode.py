@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grn_lightning.datasets.codes import CODES, FLIPPED, decode_codes
+from grn_lightning.datasets.codes import CODES, codes_member, decode_codes
 from grn_lightning.datasets.manifest import Manifest, ShardInfo, read_manifest, write_manifest
+from grn_lightning.datasets.samples import SampleFormat, SampleReader
 from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.lit.callbacks import EvaluateSamples
 from grn_lightning.lit.checkpoints import find_checkpoint
 from grn_lightning.lit.data import ShardData, ShardSource
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.lit.tokenizer import load_tokenizer
+from grn_lightning.media.images import to_float
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.text_encoder import TextEncoderConfig
@@ -71,7 +75,7 @@ def test_every_sample_is_there_with_the_codes_of_its_clip(
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     tokenizer = load_tokenizer(tokenizer_run)
-    names = (CODES, FLIPPED)
+    names = (CODES, codes_member(0, is_flipped=True))
     for index, clip in enumerate(batch["clips"]):
         raw, known = cached.read(index, (*names, "json", "txt", "cls")), pixels.read(index, "txt")
         assert raw.key == known.key == batch["keys"][index]
@@ -96,6 +100,75 @@ def test_the_statistics_are_those_of_all_codes(codes: Path) -> None:
     assert told["histogram"] == report.histogram.tolist()
     assert told["rounds"]["entropy"] == pytest.approx(report.entropy.tolist())
     assert told["bits_per_pixel"] == 3 * 2 * 2 * 4 * 2 / (5 * 16 * 16)
+
+
+# --- ten crops ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crops(digits: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes of centre and corners of pictures of 20 x 20, mirrored as well."""
+    folder = tmp_path_factory.mktemp("crops")
+    options: dict[str, Any] = {"tokenizer": tokenizer_run, "out": folder, "image_size": 16}
+    encode(digits / "images", flip=True, crop_scale=1.25, **options)
+    encode(digits / "images", split="val", **options)
+    return folder
+
+
+def test_ten_crops_are_those_of_the_scaled_picture(
+    digits: Path, tokenizer_run: Path, crops: Path
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_run)
+    scaled = SampleReader(
+        ShardSet.open(digits / "images", "train"), SampleFormat(media="image", size=(20, 20))
+    )
+    shards = ShardSet.open(crops, "train")
+    corners = [(2, 2), (0, 0), (0, 4), (4, 0), (4, 4)]
+    for index in range(4):
+        picture = to_float(scaled.read(index, number=0).clip.transpose(0, 1))[None]
+        for crop, (top, left) in enumerate(corners):
+            part = picture[..., top : top + 16, left : left + 16]
+            for is_flipped, shown in ((False, part), (True, part.flip(-1))):
+                name = codes_member(crop, is_flipped)
+                raw = shards.read(index, (name, "json"))
+                found, _ = decode_codes(raw.fields[name], json.loads(raw.fields["json"])[name])
+                assert found.equal(tokenizer.tokenize(shown)[0]), (index, name)
+
+
+@pytest.mark.parametrize("horizontal_flip", [False, True])
+def test_any_of_the_crops_is_trained_on(crops: Path, horizontal_flip: bool) -> None:
+    shards = ShardSet.open(crops, "train")
+    kind = SampleFormat(media="image", size=(16, 16), codes=True)
+    varied = replace(kind, random_crop=True, horizontal_flip=horizontal_flip)
+    fields = shards.read(1, shards.fields).fields
+    entries = json.loads(fields["json"])
+    names = [codes_member(c, f) for c in range(5) for f in (False, True)[: 1 + horizontal_flip]]
+    known = {name: decode_codes(fields[name], entries[name])[0] for name in names}
+    for cache in (False, True):
+        reader = SampleReader(shards, varied, seed=3, cache_decoded=cache)
+        drawn = [reader.read(1, number=n).codes for n in range(400)]
+        found = Counter(next(name for name in names if known[name].equal(codes)) for codes in drawn)
+        different = {tuple(codes.flatten().tolist()) for codes in known.values()}
+        assert len(found) == len(different)
+        if len(different) == len(names):
+            assert min(found.values()) > 400 / len(names) / 2
+    assert SampleReader(shards, kind).read(1, number=7).codes.equal(known[CODES])
+
+
+def test_crops_that_are_not_there_are_refused(
+    digits: Path, tokenizer_run: Path, codes: Path, crops: Path, tmp_path: Path
+) -> None:
+    for folder, match in (
+        (codes / "images", "no codes of crops, see `grn encode --crop_scale`"),
+        (digits / "images", "`random_crop` needs codes"),
+    ):
+        options = {"path": str(folder), "media": "image", "batch_size": 4, "random_crop": True}
+        with pytest.raises(ValueError, match=match):
+            ShardData([ShardSource(**options)], image_size=16).setup("fit")
+    with pytest.raises(ValueError, match=r"`--crop_scale` must be at least 1, got 0\.5"):
+        encode(digits / "images", tokenizer=tokenizer_run, out=tmp_path, crop_scale=0.5)
+    with pytest.raises(ValueError, match=r"crop_scale was 1\.25 and is None"):
+        encode(digits / "images", tokenizer=tokenizer_run, out=crops, image_size=16, flip=True)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -196,7 +269,7 @@ def test_who_needs_pixels_says_so(
     extractor = torch.nn.Flatten()
     extractor.name, extractor.num_features = "flat", 4  # type: ignore[assignment]
     judge, module = EvaluateSamples(extractor), LitGenerator.__new__(LitGenerator)
-    judge._left = 1
+    judge._is_due = True
     with pytest.raises(ValueError, match="compares samples with pixels.*set `path_val`"):
         judge.on_validation_batch_end(None, module, None, {"codes": None}, 0)  # type: ignore[arg-type]
 
