@@ -29,7 +29,9 @@ def _figure(title: str, x_label: str, y_limits: tuple[float, float] | None) -> t
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10)
-    axes.set(xlabel=x_label, ylim=y_limits)
+    axes.set_xlabel(x_label)
+    if y_limits is not None:
+        axes.set_ylim(*y_limits)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2, linewidth=0.6)
     return figure, axes
@@ -49,6 +51,7 @@ def line_figure(
     x: Tensor | None = None,
     y_limits: tuple[float, float] | None = None,
     mean: bool = False,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> Image.Image:
     """Draw lines over one axis.
 
@@ -59,6 +62,7 @@ def line_figure(
         x: `(n,)`; None counts from 1.
         y_limits: Ends of the vertical axis; None fits the values.
         mean: Add the mean of the lines where they go on, in black.
+        reference: Further lines to compare with, dashed.
 
     Raises:
         ValueError: If there is no line.
@@ -78,7 +82,11 @@ def line_figure(
     if mean:
         together = torch.stack([values.cpu().float() for values in lines.values()]).nanmean(0)
         axes.plot(across, together.tolist(), color="#202020", linewidth=2.0, label="mean")
-    if len(lines) > 1 or mean:
+    for name, values in (reference or {}).items():
+        axes.plot(
+            across, values.tolist(), color="#202020", linewidth=0.9, linestyle="--", label=name
+        )
+    if len(lines) > 1 or mean or reference:
         axes.legend(fontsize=7, frameon=False)
     return _picture(figure)
 
@@ -110,6 +118,7 @@ def bar_figure(
     x_label: str,
     y_limits: tuple[float, float] | None = None,
     middle: float | None = None,
+    whole: bool = False,
 ) -> Image.Image:
     """Draw bars side by side.
 
@@ -120,6 +129,7 @@ def bar_figure(
         x_label: What the labels are.
         y_limits: Ends of the vertical axis; None fits the values.
         middle: Height of a dashed line to compare with.
+        whole: The heights are counts: mark whole numbers only.
 
     Raises:
         ValueError: If there is not a label for every bar of a group.
@@ -135,6 +145,8 @@ def bar_figure(
         shift = (number - (len(groups) - 1) / 2) * width
         left = [place + shift for place in range(len(values))]
         axes.bar(left, values.tolist(), width, color=_HUES[number % len(_HUES)], label=name)
+    if whole:
+        axes.yaxis.get_major_locator().set_params(integer=True)
     if middle is not None:
         axes.axhline(middle, color="#202020", linewidth=0.9, linestyle="--")
     every = -(-len(labels) // _MAX_TICKS)

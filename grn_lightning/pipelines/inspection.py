@@ -10,7 +10,7 @@ looks into the network without drawing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from grn_lightning.media.figures import area_figure, bar_figure, line_figure
 from grn_lightning.media.images import to_uint8
 from grn_lightning.media.refinement import COLOURS, StepView, shown_latents, step_page, step_strip
 from grn_lightning.pipelines.conditions import Condition
-from grn_lightning.pipelines.generator import GeneratorPipeline
+from grn_lightning.pipelines.generator import POSITIONS_AT_ONCE, GeneratorPipeline
 from grn_lightning.pipelines.knowledge import AccuracyInspection as AccuracyInspection
 from grn_lightning.pipelines.knowledge import asked_for
 from grn_lightning.pipelines.knowledge import inspect_accuracy as inspect_accuracy
@@ -108,9 +108,14 @@ class Inspection:
         return torch.stack([trace.codes[-1] for trace in self.traces])
 
     @property
+    def bits_of_map(self) -> float:
+        """Bits that a map can hold: what is open where nothing is known."""
+        return self.codes[0].numel() * math.log2(self.alphabet_size)
+
+    @property
     def bits(self) -> Tensor:
         """`(n, b)`: bits of a sample that the prediction leaves open, element by element."""
-        return self.entropy * self.codes[0].numel() * math.log2(self.alphabet_size)
+        return self.entropy * self.bits_of_map
 
     def complexity(self, step: int | None = None) -> Tensor:
         """Return how uncertain a step left the generator: what adaptive steps decide from.
@@ -208,6 +213,7 @@ class Inspection:
             [str(n) for n in range(first, last + 1)],
             title="samples by number of steps",
             x_label="steps",
+            whole=True,
         )
 
     def pages(self, pipeline: GeneratorPipeline, row: int = 0) -> list[Image.Image]:
@@ -219,8 +225,8 @@ class Inspection:
         trace = self.traces[row]
         count = min(columns, trace.num_steps)
         steps = torch.linspace(0, trace.num_steps - 1, count).round().long().unique().tolist()
-        views = [_view(pipeline, trace, step, f"step {step + 1}") for step in steps]
-        return step_strip(views, label=self.labels[row])
+        texts = {step: f"step {step + 1}" for step in steps}
+        return step_strip(_views(pipeline, trace, texts), label=self.labels[row])
 
     def _named(self, values: Tensor) -> dict[str, Tensor]:
         names = zip(self.labels, self.sample_index.tolist(), values.unbind(1), strict=True)
@@ -232,14 +238,24 @@ def _states_of(trace: SampleTrace) -> Tensor:
     return torch.stack([*trace.masks]).to(torch.uint8).argmax(0).to(torch.uint8)
 
 
-def _view(pipeline: GeneratorPipeline, trace: SampleTrace, step: int, text: str) -> StepView:
-    codes = trace.codes[step : step + 1].to(pipeline.device)
-    clip = to_uint8(pipeline.detokenize(codes)[0].cpu()).transpose(0, 1)  # (f, 3, h, w)
-    states = _states_of(trace)[step]
-    states = states if states.ndim == 4 else states.unsqueeze(1)  # (c, f', h', w')
-    latents = shown_latents(states.shape[1])
+def _views(
+    pipeline: GeneratorPipeline, trace: SampleTrace, texts: Mapping[int, str]
+) -> list[StepView]:
+    """Decode some steps, by their numbers, as many at a time as the pipeline decodes positions."""
+    states = _states_of(trace)
+    states = states if states.ndim == 5 else states.unsqueeze(2)  # (n, c, f', h', w')
+    latents = shown_latents(states.shape[2])
     stride = pipeline.tokenizer.config.temporal_stride
-    return StepView(clip[[n * stride for n in latents]], states[:, latents], text)
+    at_once = max(1, POSITIONS_AT_ONCE // states[0, 0].numel())
+    views, steps = [], list(texts)
+    for part in (steps[n : n + at_once] for n in range(0, len(steps), at_once)):
+        clips = to_uint8(pipeline.detokenize(trace.codes[part].to(pipeline.device)).cpu())
+        shown = clips.transpose(1, 2)[:, [n * stride for n in latents]]  # (n, f', 3, h, w)
+        views += [
+            StepView(frames, states[step][:, latents], texts[step])
+            for step, frames in zip(part, shown, strict=True)
+        ]
+    return views
 
 
 def trace_pages(
@@ -255,20 +271,13 @@ def trace_pages(
     Returns:
         One picture per step, all of one size.
     """
-    return [
-        step_page(
-            _view(
-                pipeline,
-                trace,
-                step,
-                f"step {step + 1} of {trace.num_steps}   t = {float(trace.t[step]):.2f}   "
-                f"entropy {float(trace.entropy[step]):.2f}   "
-                f"changed {100 * float(trace.flips[step]):.0f} %",
-            ),
-            label=label,
-        )
+    texts = {
+        step: f"step {step + 1} of {trace.num_steps}   t = {float(trace.t[step]):.2f}   "
+        f"entropy {float(trace.entropy[step]):.2f}   "
+        f"changed {100 * float(trace.flips[step]):.0f} %"
         for step in range(trace.num_steps)
-    ]
+    }
+    return [step_page(view, label=label) for view in _views(pipeline, trace, texts)]
 
 
 @torch.no_grad()

@@ -102,6 +102,43 @@ def count_accuracy(
     metric.update(loss, accuracy, by_round, t, weights)
 
 
+@torch.no_grad()
+def accuracy_at_times(
+    metric: RoundAccuracy,
+    pipeline: GeneratorPipeline,
+    elements: Tensor,
+    condition: Condition,
+    *,
+    sample_index: Tensor,
+    weights: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """Show the network one batch of maps at the middle of every bin of the metric.
+
+    Args:
+        metric: Where to count.
+        pipeline: As in `count_accuracy`.
+        elements: As in `count_accuracy`.
+        condition: As in `count_accuracy`.
+        sample_index: As in `count_accuracy`.
+        weights: As in `count_accuracy`.
+        seed: Seed of the noise, which differs from time to time.
+    """
+    for step in range(metric.num_bins):
+        t = torch.full((len(elements),), (step + 0.5) / metric.num_bins, device=elements.device)
+        count_accuracy(
+            metric,
+            pipeline,
+            elements,
+            condition,
+            sample_index=sample_index,
+            t=t,
+            weights=weights,
+            seed=seed,
+            step=step,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class AccuracyInspection:
     """What a generator gets right of held-out maps; `n` times, `m` rounds."""
@@ -127,14 +164,20 @@ class AccuracyInspection:
 
 
 def accuracy_figure(result: RoundAccuracyResult) -> Image.Image:
-    """Draw the accuracy of every round by time; chance is 0.5."""
+    """Draw the accuracy of every round by time, above what the network is shown.
+
+    Of the bits of a corrupted map `t + (1 - t) / 2` are right: those that were left, and half of
+    the random ones.
+    """
     num_bins, num_rounds = result.by_round.shape
+    t = (torch.arange(num_bins) + 0.5) / num_bins
     return line_figure(
         {f"round {number}": result.by_round[:, number] for number in range(num_rounds)},
         title="right bits of held-out samples, by round",
         x_label="t (0 noise, 1 data)",
-        x=(torch.arange(num_bins) + 0.5) / num_bins,
+        x=t,
         y_limits=(0.45, 1.01),
+        reference={"shown": t + (1 - t) / 2},
     )
 
 
@@ -178,17 +221,13 @@ def inspect_accuracy(
     )
     for start in range(0, len(elements), max_batch):
         rows = slice(start, start + max_batch)
-        part = elements[rows].to(device)
-        for step, t in enumerate(times.tolist()):
-            count_accuracy(
-                metric,
-                pipeline,
-                part,
-                cast(Condition, select_rows(condition, rows)),
-                sample_index=index[rows].to(device),
-                t=torch.full((len(part),), t, device=device),
-                seed=seed,
-                step=step,
-            )
+        accuracy_at_times(
+            metric,
+            pipeline,
+            elements[rows].to(device),
+            cast(Condition, select_rows(condition, rows)),
+            sample_index=index[rows].to(device),
+            seed=seed,
+        )
     result = metric.compute()
     return AccuracyInspection(times, RoundAccuracyResult(*(part.cpu() for part in result)))

@@ -50,6 +50,20 @@ def test_an_area_has_the_colour_and_the_height_of_its_share() -> None:
     assert counts[1] == pytest.approx(3 * counts[0], rel=0.1)
 
 
+def test_bars_that_are_not_limited_are_seen_whole() -> None:
+    """The tallest of counts 1, 2, 40 ends below the upper edge, the smallest is hardly seen."""
+    picture = bar_figure({"n": torch.tensor([1, 2, 40])}, list("abc"), title="t", x_label="x")
+    blue = ImageColor.getrgb("#3b6fb6")
+    heights = {}
+    for x in range(picture.width):
+        count = sum(picture.getpixel((x, y)) == blue for y in range(picture.height))
+        heights[count] = x
+    assert max(heights) > 150
+    assert any(0 < n <= max(heights) / 15 for n in heights)
+    top = min(y for y in range(300) if picture.getpixel((heights[max(heights)], y)) == blue)
+    assert top > 25  # below the title
+
+
 def test_figures_without_what_they_need_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one line, got none"):
         line_figure({}, title="t", x_label="x")

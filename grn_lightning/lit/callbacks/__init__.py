@@ -5,6 +5,7 @@ from grn_lightning.lit.callbacks.codes import WatchCodes as WatchCodes
 from grn_lightning.lit.callbacks.ema import EMA as EMA
 from grn_lightning.lit.callbacks.evaluate import DigitFeatures as DigitFeatures
 from grn_lightning.lit.callbacks.evaluate import EvaluateSamples as EvaluateSamples
+from grn_lightning.lit.callbacks.inspector import Inspector as Inspector
 from grn_lightning.lit.callbacks.keys import KeyHash as KeyHash
 from grn_lightning.lit.callbacks.predictions import WritePredictions as WritePredictions
 from grn_lightning.lit.callbacks.preflight import Preflight as Preflight
