@@ -224,7 +224,7 @@ def charts_of(history: History, *, judged_how: str = "") -> list[Chart]:
         history: Its scalars.
         judged_how: Protocol of the judges during the training.
     """
-    distances = [tag for tag in history.series if tag.startswith("val/fid[")]
+    distances = [tag for tag in history.series if tag.lower().startswith("val/fid[")]
     losses = {"training": "train/loss", "held out": "val/loss"}
     shares = {"digit right": "val/digit_accuracy", "direction right": "val/direction_accuracy"}
     how = f" ({judged_how})" if judged_how else ""

@@ -100,6 +100,10 @@ class Extracted:
     """Their width."""
     metric: str
     """What their distance is called: "fid" or "fvd"."""
+    num_spatial: int | None = None
+    """Width of the spatial features, if there are any."""
+    num_classes: int | None = None
+    """Number of logits, if there are any."""
 
     @classmethod
     def look(cls, source: FeatureSource) -> "Extracted":
@@ -110,7 +114,8 @@ class Extracted:
         """
         network: Any = source.load()
         metric = "fvd" if getattr(network, "title", "FID") == "FVD" else "fid"
-        return cls(source, protocol_of(network), network.num_features, metric)
+        widths = (getattr(network, name, None) for name in ("num_spatial", "num_classes"))
+        return cls(source, protocol_of(network), network.num_features, metric, *widths)
 
     @property
     def name(self) -> str:
@@ -123,6 +128,22 @@ class Extracted:
         if self.source.file is not None:
             facts["sha256"] = file_hash(self.source.file)
         return facts
+
+
+class Described(nn.Module):
+    """Stands for the network of features that are computed already: it says what they are.
+
+    Args:
+        features: What is known of them.
+    """
+
+    def __init__(self, features: Extracted) -> None:
+        super().__init__()
+        protocol = features.protocol
+        self.name, self.network = protocol.features, protocol.network
+        self.rounding, self.resize = protocol.rounding, protocol.resize
+        self.num_features = features.num_features
+        self.num_spatial, self.num_classes = features.num_spatial, features.num_classes
 
 
 @dataclass

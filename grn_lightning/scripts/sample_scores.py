@@ -1,20 +1,26 @@
 """Numbers of a set of samples, from the features that its parts hold; one part in memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from grn_lightning.metrics import FeatureSums, Measurement, ReferenceStatistics
-from grn_lightning.metrics.fid import caveats_of, distance_of_moments, require_width
+from grn_lightning.metrics import Measurement, ReferenceStatistics
+from grn_lightning.metrics.features import Features
+from grn_lightning.metrics.fid import require_width
+from grn_lightning.metrics.generation import (
+    GENERATION_METRICS,
+    GenerationConfig,
+    GenerationMetrics,
+)
 from grn_lightning.metrics.protocols import short_count
 from grn_lightning.scripts.asking import Asked
 from grn_lightning.scripts.judging import MEANINGS, asked_directions
 from grn_lightning.scripts.records import Figure
-from grn_lightning.scripts.sample_features import DIGITS, Extracted, FeatureJob
+from grn_lightning.scripts.sample_features import DIGITS, Described, Extracted, FeatureJob
 
 
 @dataclass(frozen=True)
@@ -33,35 +39,42 @@ class Compared:
             require_width(self.reference, self.features.num_features)
 
 
-def _sums(job: FeatureJob, name: str, width: int) -> FeatureSums:
-    """Add up features in the order of the parts."""
-    sums = FeatureSums(width)
-    for tensors in job.read([name]):
-        sums.update(tensors[name])
-    return sums
-
-
-def _distances(job: FeatureJob, compared: Compared) -> list[Measurement]:
-    """Return FID or FVD, and sFID where the reference has what it takes."""
+def _metrics_of(compared: Compared) -> tuple[str, ...]:
+    """Return what can be had with these features and this reference."""
     reference, features = compared.reference, compared.features
-    if reference is None:
+    is_possible = {
+        "fid": reference is not None,
+        "sfid": reference is not None and reference.spatial is not None and features.num_spatial,
+        "is": features.num_classes,
+        "kid": reference is not None and reference.features is not None,
+    }
+    is_possible["precision"] = is_possible["recall"] = is_possible["kid"]
+    return tuple(name for name in GENERATION_METRICS if is_possible[name])
+
+
+def _measured(job: FeatureJob, compared: Compared) -> list[Measurement]:
+    """Add features up in the order of the parts and return what follows from them."""
+    metrics, features = _metrics_of(compared), compared.features
+    if not metrics:
         return []
-    protocol = features.protocol.with_samples(len(job.asked.values), reference=reference.label)
-    found = []
-    pairs = [(features.metric, "pooled", reference.moments, features.num_features)]
-    if reference.spatial is not None:
-        pairs.append(("sfid", "spatial", reference.spatial, len(reference.spatial.mean)))
-    for metric, kind, real, width in pairs:
-        moments = _sums(job, f"{features.name}/{kind}", width).compute()
-        found.append(
-            Measurement(
-                metric=metric,
-                value=float(distance_of_moments(moments, real)),
-                protocol=protocol,
-                caveats=caveats_of(moments, real),
-            )
-        )
-    return found
+    count = len(job.asked.values)
+    frames = 1 if features.metric == "fvd" else job.plan.size.num_frames
+    config = GenerationConfig(num_samples=count, metrics=metrics, frames_per_sample=frames)
+    judge = GenerationMetrics(Described(features), config, compared.reference)
+    names = {kind: f"{features.name}/{kind}" for kind in Features._fields}
+    first = 0
+    for tensors in job.read([*names.values(), "num_steps"]):
+        number = torch.arange(first, first + len(tensors["num_steps"]))
+        seen: Any = {kind: tensors.get(name) for kind, name in names.items()}
+        judge.update_features(Features(**seen), real=False, sample_index=number)
+        first += len(number)
+    return [_renamed(one, features.metric, frames) for one in judge.compute()]
+
+
+def _renamed(one: Measurement, metric: str, frames: int) -> Measurement:
+    """Call a distance by its name, and count clips where their frames were compared."""
+    protocol = one.protocol.with_samples(one.protocol.num_samples // frames)
+    return replace(one, metric=metric if one.metric == "fid" else one.metric, protocol=protocol)
 
 
 def measure(job: FeatureJob, compared: Sequence[Compared]) -> list[Measurement]:
@@ -70,7 +83,7 @@ def measure(job: FeatureJob, compared: Sequence[Compared]) -> list[Measurement]:
     Raises:
         ValueError: If a part is damaged.
     """
-    return [number for one in compared for number in _distances(job, one)]
+    return [number for one in compared for number in _measured(job, one)]
 
 
 # --- what the judge of the embedded set reads -----------------------------------------------------

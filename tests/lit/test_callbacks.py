@@ -1,10 +1,12 @@
 """What callbacks write can be read back, and what they judge is what is there."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
@@ -17,14 +19,18 @@ from grn_lightning.lit.callbacks import (
     EvaluateSamples,
     SampleSheet,
 )
-from grn_lightning.lit.checkpoints import find_checkpoint
+from grn_lightning.lit.checkpoints import find_checkpoint, read_checkpoint
 from grn_lightning.lit.data import ShardData
 from grn_lightning.lit.generator import LitGenerator
+from grn_lightning.lit.strategies import ZeRO
+from grn_lightning.metrics import Moments, Protocol, ReferenceStatistics
 from grn_lightning.metrics.digits import DigitJudge
+from grn_lightning.samplers import AdaptiveSteps, RefineConfig
 from tests.tiny_runs import (
     TINY_DIGITS,
     call_grn,
     callback,
+    checkpoints,
     fit,
     generator_config,
     logger,
@@ -205,9 +211,9 @@ def test_training_logs_distance_and_accuracies_under_the_judge_s_name(
     config = generator_config(tmp_path, digits, tokenizer_run, kind="text", callbacks=[evaluate])
     fit(tmp_path, watched(config, tmp_path, max_steps=6))
     found = events(tmp_path)
-    for tag in ("val/fid[digits-cnn]", "val/digit_accuracy", "val/direction_accuracy"):
+    for tag in ("val/FID[digits-cnn,4]", "val/digit_accuracy", "val/direction_accuracy"):
         assert [event.step for event in found.Scalars(tag)] == [1, 5], tag  # not at step 3
-    assert all(event.value > 0 for event in found.Scalars("val/fid[digits-cnn]"))
+    assert all(event.value > 0 for event in found.Scalars("val/FID[digits-cnn,4]"))
     assert all(0 <= event.value <= 1 for event in found.Scalars("val/digit_accuracy"))
     assert len(found.Scalars("val/loss")) == 3
 
@@ -225,7 +231,7 @@ def test_the_real_samples_have_no_distance_and_go_where_they_say(
     )  # fmt: skip
     found = logged_by_validation(tmp_path, config, generator_runs[kind])
     # Six samples have a singular covariance; its square root is what is left of the distance.
-    assert found["val/fid[digits-cnn]"] == pytest.approx(0, abs=1e-3)
+    assert found["val/FID[digits-cnn,6]"] == pytest.approx(0, abs=1e-3)
     config["data"]["init_args"]["sources"][0]["batch_size"] = 6
     batch = held_out(config)
     right = DigitJudge.load(judge).classify(batch["clips"]) == batch["class_labels"]
@@ -249,7 +255,7 @@ def test_a_sample_that_goes_the_other_way_is_wrong(
     )  # fmt: skip
     found = logged_by_validation(tmp_path, config, generator_runs["text"])
     assert found["val/direction_accuracy"] == 0
-    assert found["val/fid[digits-cnn]"] == pytest.approx(0, abs=1e-3)  # the same frames
+    assert found["val/FID[digits-cnn,6]"] == pytest.approx(0, abs=1e-3)  # the same frames
 
 
 class Brightness(nn.Module):
@@ -262,36 +268,106 @@ class Brightness(nn.Module):
         return torch.stack([clips.mean((1, 2, 3, 4)), clips.std((1, 2, 3, 4))], 1)
 
 
-def test_any_features_make_a_distance_and_padding_does_not_count(digits, tokenizer_run):
-    """The sums are those of the samples that count, up to `num_samples` rounded up to batches."""
-    module = SimpleNamespace(
-        device=torch.device("cpu"), log=lambda name, v, **_: log.update({name: v})
+def draw_through(callback: EvaluateSamples) -> tuple[dict[str, float], list[int]]:
+    """Let a callback judge nine clips in batches of three, the last of each padding; its log."""
+    log: dict[str, float] = {}
+    module: Any = SimpleNamespace(
+        device=torch.device("cpu"), log=lambda name, v, **_: log.update({name: v}), drawn=[]
     )
-    log: dict[str, Tensor] = {}
-    callback = EvaluateSamples(Brightness(), num_samples=5)
-    trainer: Any = SimpleNamespace(sanity_checking=False, world_size=1)
-    drawn = []
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False, world_size=1, global_step=1, val_dataloaders=None
+    )
 
     def draw_clips(batch: Any, sample_index: Tensor, **_: Any) -> Tensor:
-        drawn.append(sample_index)
+        module.drawn.append(sample_index)
         return batch["clips"] + 0.5
 
     module.draw_clips = draw_clips
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grn_lightning.lit.callbacks.evaluate.LitGenerator", SimpleNamespace)
         callback.on_validation_start(trainer, module)  # type: ignore[arg-type]
-        for start in (0, 3, 6):
+        for number, start in enumerate((0, 3, 6)):
             clips = torch.rand(3, 3, 1, 4, 4)
             weights = torch.tensor([1.0, 1.0, 0.0])
             clips[2] = 1000.0
             batch = {"clips": clips, "weights": weights,
                      "sample_index": torch.arange(start, start + 3)}  # fmt: skip
-            callback.on_validation_batch_end(trainer, module, None, batch, 0)  # type: ignore[arg-type]
+            callback.on_validation_batch_end(trainer, module, None, batch, number)  # type: ignore[arg-type]
         callback.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
-    assert torch.cat(drawn).tolist() == [0, 1, 2, 3, 4, 5]
-    assert log.keys() == {"val/fid[brightness]"}
+    return log, torch.cat(module.drawn).tolist()
+
+
+def test_any_features_make_a_distance_and_padding_does_not_count():
+    """The samples are the first ones by number: of the second batch one, of the third none."""
+    log, drawn = draw_through(EvaluateSamples(Brightness(), num_samples=4))
+    assert drawn == [0, 1, 2, 3, 4, 5]  # whole batches, as all processes draw them
+    assert log.keys() == {"val/FID[brightness,3]"}
     # The mean of the first feature moves by 0.5, the covariances are equal.
-    assert float(log["val/fid[brightness]"]) == pytest.approx(0.25, abs=1e-6)
+    assert log["val/FID[brightness,3]"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_statistics_stand_for_the_real_samples(tmp_path):
+    moments = Moments(torch.zeros(2).double(), torch.eye(2).double(), 50)
+    protocol = Protocol(features="brightness", num_samples=50)
+    file = tmp_path / "real.safetensors"
+    ReferenceStatistics(moments=moments, protocol=protocol, source="some").save(file)
+    callback = EvaluateSamples(Brightness(), num_samples=4, reference=str(file))
+    [(tag, value)] = draw_through(callback)[0].items()
+    [one] = callback.measurements()
+    assert (tag, one.value) == ("val/FID[brightness,3]", value)
+    assert one.protocol.reference.startswith("some-")
+    assert value > 0.25  # far from the unit covariance
+    with pytest.raises(ValueError, match="not made as the samples are judged"):
+        EvaluateSamples(Brightness(), reference=str(_of_others(file)))
+
+
+def _of_others(file: Path) -> Path:
+    found = ReferenceStatistics.read(file)
+    other = file.with_name("other.safetensors")
+    replace(found, protocol=replace(found.protocol, features="darkness")).save(other)
+    return other
+
+
+def test_samples_are_judged_every_so_many_steps(digits, tokenizer_run, judge, tmp_path):
+    evaluate = judged(judge, num_samples=4, every_n_steps=4)
+    config = generator_config(tmp_path, digits, tokenizer_run, kind="class", callbacks=[evaluate])
+    fit(tmp_path, watched(config, tmp_path, max_steps=8))  # with a validation every two
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("val/FID[digits-cnn,4]")] == [3, 7]
+
+
+def test_judges_take_no_part_in_training_and_checkpoints(digits, tokenizer_run, judge, tmp_path):
+    """Neither hooks of steps nor anything in a checkpoint; losses as if nothing were drawn."""
+    hooks = [name for name in dir(L.Callback) if name.startswith(("on_train", "on_before"))]
+    own = [name for name in hooks if getattr(EvaluateSamples, name) != getattr(L.Callback, name)]
+    assert own == []
+
+    losses = []
+    for every in (2, 1000):
+        folder, callbacks = tmp_path / str(every), [judged(judge, every_n_steps=every)]
+        config = generator_config(
+            folder, digits, tokenizer_run, kind="class",
+            callbacks=[*callbacks, checkpoints(folder, 4)],
+        )  # fmt: skip
+        fit(folder, watched(config, folder))
+        losses.append([event.value for event in events(folder).Scalars("train/loss")])
+        checkpoint = read_checkpoint(find_checkpoint(folder))
+        assert not [key for key in checkpoint["state_dict"] if "judge" in key or "trunk" in key]
+        assert not [key for key in checkpoint["callbacks"] if "EvaluateSamples" in key]
+    assert losses[0] == losses[1]
+
+
+def test_divided_weights_need_steps_that_are_the_same_for_all():
+    adaptive = AdaptiveSteps(slope=1.0, offset=9.0, decision_step=2, min_steps=4)
+    callback = EvaluateSamples(Brightness(), refine=RefineConfig(num_steps=9, adaptive=adaptive))
+    module = LitGenerator.__new__(LitGenerator)
+    for strategy in (ZeRO(), "ddp", "auto"):
+        trainer: Any = SimpleNamespace(strategy=strategy)
+        if strategy in ("ddp", "auto"):
+            callback.setup(trainer, module, "fit")
+        else:
+            with pytest.raises(ValueError, match="take `adaptive` out of `refine`"):
+                callback.setup(trainer, module, "fit")
 
 
 @pytest.mark.parametrize(
@@ -299,6 +375,8 @@ def test_any_features_make_a_distance_and_padding_does_not_count(digits, tokeniz
     [
         ({"num_samples": 1}, "`num_samples` must be at least 2, got 1"),
         ({"every_n_validations": 0}, "`every_n_validations` must be at least 1, got 0"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1, got 0"),
+        ({"metrics": ["psnr"]}, "metrics must be some of fid, .*, got psnr"),
     ],
 )
 def test_judging_nothing_is_refused(settings, match):
