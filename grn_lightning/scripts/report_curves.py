@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ _HUES = ("#3d83f0", "#e8762c", "#19a078", "#b565d8", "#8a8f98", "#cc9a06")  # on
 _SIZE = (4.2, 2.7)  # inches; text of 9 points is readable where the drawing fills a phone
 
 _ACCURACY_BY_TIME = "val_accuracy/t"
+_ACCURACY_BY_ROUND = "val_accuracy/round"
 _NUM_BINS = 10  # of t, see `functional.losses.accuracy_by_time`
 
 
@@ -35,7 +36,7 @@ class Series:
 
 @dataclass(frozen=True)
 class History:
-    """All scalars of one run."""
+    """All scalars of one run, and its last pictures and texts."""
 
     series: dict[str, Series]
     """By tag."""
@@ -43,6 +44,10 @@ class History:
     """Time of the first event, in seconds since 1970."""
     seconds: float
     """From the first event to the last."""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """The last picture of every tag, PNG or GIF."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """The last text of every tag."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,19 @@ def read_history(folder: Path) -> History | None:
         for tag, points in scalars.items()
     }
     end = max(point.wall_time for points in scalars.values() for point in points)
-    return History(series, start, end - start)
+    return History(series, start, end - start, *_last_of(events))
+
+
+def _last_of(events: EventAccumulator) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Return the last picture and the last text of every tag."""
+    tags = events.Tags()
+    pictures = {tag: events.Images(tag)[-1].encoded_image_string for tag in tags["images"]}
+    texts = {
+        tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+        for tag in tags["tensors"]
+        if tag.endswith("/text_summary")
+    }
+    return pictures, texts
 
 
 def thin_out(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,6 +234,16 @@ def _accuracy_by_time(history: History) -> list[Chart]:
     return [draw_chart(title, lines, x_label="t (0 noise, 1 data)")]
 
 
+def _accuracy_by_round(history: History) -> list[Chart]:
+    """Held-out accuracy of every round of the quantizer over the training."""
+    tags = sorted(
+        (tag for tag in history.series if tag.startswith(_ACCURACY_BY_ROUND)),
+        key=lambda tag: int(tag.removeprefix(_ACCURACY_BY_ROUND)),
+    )
+    named = {f"round {tag.removeprefix(_ACCURACY_BY_ROUND)}": tag for tag in tags}
+    return _over_steps(history, "Share of right bits, held-out samples, by round", named)
+
+
 def charts_of(history: History, *, judged_how: str = "") -> list[Chart]:
     """Draw what a run has logged: loss, PSNR, accuracy by time, and judges over time.
 
@@ -232,6 +259,7 @@ def charts_of(history: History, *, judged_how: str = "") -> list[Chart]:
         *_over_steps(history, "Loss", losses, may_be_log=True),
         *_over_steps(history, "PSNR of held-out samples, dB", {"PSNR": "val/psnr"}),
         *_accuracy_by_time(history),
+        *_accuracy_by_round(history),
         *_over_minutes(history, f"Share of samples judged right{how}", shares, (0.0, 1.03)),
         *(
             chart

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -17,7 +18,7 @@ GENERATOR = "grn report"
 
 _MAX_PICTURE_BYTES = 4_000_000  # of all pictures together; curves and text need far less
 _FEW_PIXELS = 64  # a picture of this height is enlarged without smoothing
-_TYPES = {".png": "image/png", ".gif": "image/gif"}
+_TYPES = {"PNG": "image/png", "GIF": "image/gif"}
 
 _STYLE = """
 :root {
@@ -61,6 +62,8 @@ img.pixels { image-rendering: pixelated; }
 .charts {
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 2rem 1.6rem; }
 figcaption { margin-top: .4rem; font-size: .84rem; line-height: 1.35; overflow-wrap: break-word; }
+.panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.6rem; }
+.panels img, .scroll img { background: #fff; }
 .charts figcaption { margin: 0 0 .35rem; color: var(--ink); font-weight: 600; font-size: .9rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .reading { display: block; }
@@ -91,6 +94,15 @@ details { margin: .4rem 0; } summary { cursor: pointer; color: var(--accent); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: .6rem 0; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 """
+
+
+class Panel(NamedTuple):
+    """A picture that is not in a file, and what it says."""
+
+    data: bytes
+    """PNG or GIF."""
+    caption: str
+    """A sentence or two."""
 
 
 class Page:
@@ -184,17 +196,38 @@ class Page:
 
     def _image(self, file: Path, alt: str) -> str | None:
         """Return an image element with the file inside, or None if the page would get too large."""
-        data = file.read_bytes()
-        if self._picture_bytes + len(data) > _MAX_PICTURE_BYTES:
+        image = self._image_of(file.read_bytes(), alt)
+        if image is None:
             self.left_out.append(file)
+        return image
+
+    def _image_of(self, data: bytes, alt: str) -> str | None:
+        if self._picture_bytes + len(data) > _MAX_PICTURE_BYTES:
             return None
         self._picture_bytes += len(data)
         with Image.open(io.BytesIO(data)) as picture:
             width, height = picture.size
+            media_type = _TYPES[str(picture.format)]
         kind = ' class="pixels"' if height <= _FEW_PIXELS else ""
-        source = f"data:{_TYPES[file.suffix]};base64,{base64.b64encode(data).decode()}"
+        source = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
         size = f'width="{width}" height="{height}"'
         return f'<img{kind} {size} alt="{escape(alt, quote=True)}" src="{source}">'
+
+    def wide_picture(self, data: bytes, alt: str) -> None:
+        """Append a wide picture, PNG or GIF, which scrolls where there is no room."""
+        image = self._image_of(data, alt)
+        if image is not None:
+            self.add(f'<div class="scroll">{image}</div>')
+
+    def panels(self, panels: Iterable[Panel]) -> None:
+        """Append a grid of drawings that are pictures."""
+        cells = []
+        for panel in panels:
+            image = self._image_of(panel.data, panel.caption)
+            if image is not None:
+                caption = f"<figcaption>{escape(panel.caption)}</figcaption>"
+                cells.append(f"<figure>{image}{caption}</figure>")
+        self.add(f'<div class="grid panels">{"".join(cells)}</div>')
 
     def folded_picture(self, file: Path, summary: str) -> None:
         """Append a wide picture, folded away, which scrolls where there is no room."""

@@ -12,6 +12,7 @@ import yaml
 from grn_lightning import __version__
 from grn_lightning.scripts.records import Picture, environment, figures_from_json, now
 from grn_lightning.scripts.report_curves import Chart, Line, charts_of, draw_chart
+from grn_lightning.scripts.report_inspector import add_panels, has_panels
 from grn_lightning.scripts.report_page import Page, named
 from grn_lightning.scripts.report_runs import Told
 from grn_lightning.scripts.runs import ClipSize
@@ -185,6 +186,16 @@ def build_page(stories: Sequence[Told]) -> Page:
         page.heading("Reconstructions")
         for told in tokenizers:
             _add_reconstructions(page, told)
+    watched = [told for told in generators if has_panels(told.history)]
+    if watched:
+        page.heading("Refinement")
+        page.paragraph(
+            "What the steps of sampling do and what the network knows, at the last validation of "
+            "the training. `docs/inspector.md` says how to read it."
+        )
+        for told in watched:
+            assert told.history is not None
+            add_panels(page, told.name, told.history)
     page.heading("Training")
     for told in stories:
         _add_curves(page, told)

@@ -1,6 +1,7 @@
 """`grn report`: one page that needs nothing else and says where each number comes from."""
 
 import base64
+import io
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from grn_lightning.media.images import encode_png
@@ -19,6 +21,7 @@ from grn_lightning.scripts.evaluate import evaluate
 from grn_lightning.scripts.records import Figure, Picture, figures_from_json, read_evaluations
 from grn_lightning.scripts.report import report
 from grn_lightning.scripts.report_curves import charts_of, read_history, thin_out
+from grn_lightning.scripts.report_inspector import lightened
 from grn_lightning.scripts.report_page import Page
 from tests.scripts.conftest import Runs
 from tests.tiny_runs import call_grn
@@ -187,6 +190,54 @@ def _png() -> bytes:
     return encode_png(torch.zeros(3, 4, 4, dtype=torch.uint8))
 
 
+def test_the_last_panels_of_the_inspector_and_its_alarms_are_there(
+    runs: Runs, tmp_path: Path
+) -> None:
+    with SummaryWriter(str(runs.text / "log")) as writer:
+        for step in (1, 2):
+            panel = torch.full((3, 30, 80), 100 * step, dtype=torch.uint8)
+            for tag in ("inspect/strip", "inspect/entropy", "inspect/unknown"):
+                writer.add_image(tag, panel, step)
+            writer.add_text("inspect/alarms", f"- samples <alike> {step}\n- and another", step)
+    page = report(runs.text, out=tmp_path / "report.html").file.read_text()
+    reader = Reader(page)
+    assert "Refinement" in reader.text
+    assert "samples <alike> 2" in reader.text
+    assert "and another" in reader.text
+    assert "<alike> 1" not in reader.text
+    pictures = [base64.b64decode(source.partition(",")[2]) for source in reader.sources]
+    colours = [Image.open(io.BytesIO(data)).convert("RGB").getpixel((0, 0)) for data in pictures]
+    assert colours == [(200, 200, 200)] * 2  # the last step's; what is not explained is left out
+    assert "How uncertain the prediction is" in reader.text
+    assert "http" not in page
+
+
+def test_a_run_without_an_inspector_has_no_such_section(runs: Runs, tmp_path: Path) -> None:
+    page = report(runs.text, out=tmp_path / "report.html").file.read_text()
+    assert "Refinement" not in Reader(page).text
+
+
+def test_panels_beyond_the_limit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Page("p")
+    monkeypatch.setattr(report_page, "_MAX_PICTURE_BYTES", len(_png()) + 10)
+    page.panels([report_page.Panel(_png(), "first"), report_page.Panel(_png(), "second")])
+    reader = Reader(page.html())
+    assert "first" in reader.text
+    assert "second" not in reader.text
+
+
+def test_a_lightened_panel_looks_the_same_and_a_film_stays() -> None:
+    picture = Image.new("RGB", (60, 40), "#ffffff")
+    picture.paste("#3b6fb6", (5, 5, 30, 30))
+    buffers = {kind: io.BytesIO() for kind in ("PNG", "GIF")}
+    for kind, buffer in buffers.items():
+        picture.save(buffer, format=kind)
+    film = buffers["GIF"].getvalue()
+    assert lightened(film) == film
+    again = Image.open(io.BytesIO(lightened(buffers["PNG"].getvalue()))).convert("RGB")
+    assert again.tobytes() == picture.tobytes()
+
+
 # --- curves ---------------------------------------------------------------------------------------
 
 
@@ -210,7 +261,8 @@ def test_each_quantity_that_was_logged_has_its_chart(tmp_path: Path) -> None:
         for step in (10, 20):
             for tag in ("train/loss", "val/loss", "val/psnr", "val/fid[digits-cnn]"):
                 writer.add_scalar(tag, step, step)
-            for tag in ("val/digit_accuracy", "val_accuracy/t0.0", "val_accuracy/t0.9"):
+            shares = ("digit_accuracy", "_accuracy/t0.0", "_accuracy/t0.9", "_accuracy/round0")
+            for tag in (f"val{'' if name[0] == '_' else '/'}{name}" for name in shares):
                 writer.add_scalar(tag, 0.5, step)
     history = read_history(tmp_path)
     assert history is not None
@@ -220,6 +272,7 @@ def test_each_quantity_that_was_logged_has_its_chart(tmp_path: Path) -> None:
         "Loss",
         "PSNR of held-out samples, dB",
         "Share of right elements, held-out samples, by time t",
+        "Share of right bits, held-out samples, by round",
         "Share of samples judged right (8 samples)",
         "FID[digits-cnn] of samples (8 samples)",
     ]
