@@ -41,6 +41,7 @@ TOOLS = {
     "evaluate": "judge a trained tokenizer or generator on held-out data",
     "evaluate samples": "draw any number of samples, on any number of processes, and judge the set",
     "evaluate samples": "draw any number of samples, on any number of processes, and judge the set",
+    "evaluate stats": "sum up real pictures or clips as a reference for distances",
     "evaluate geneval": "draw what GenEval scores, in the folders that it reads",
     "evaluate vbench": "draw what VBench scores, in the folder that it reads",
     "export": "write a trained network as one safetensors file and one JSON",

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grn_lightning.metrics.features import Features
+from grn_lightning.metrics.features import Features, short_hash
 
 DIRECTIONS = ("left", "right", "up", "down")
 NO_DIRECTION = -1
@@ -223,18 +223,21 @@ class DigitJudge(nn.Module):
         name: Tells distances with these features from distances with others.
         num_features: Width of the features.
         num_classes: Digits there are.
+        network: Name and hash of the file that it was loaded from; empty if it was fitted.
         digit_size: Height and width in pixels of the digits it expects.
     """
 
     name = "digits-cnn"
     num_features = 64
     num_classes = _NUM_CLASSES
+    network = ""
 
     def __init__(self, *, digit_size: float) -> None:
         super().__init__()
         if not digit_size > 0:
             raise ValueError(f"digit_size must be positive, got {digit_size} pixels.")
         self.digit_size = float(digit_size)
+        self.network = ""  # name and hash of the file, once there is one
         self.trunk = nn.Sequential(
             nn.Conv2d(1, 16, 5, stride=2, padding=2),
             nn.ReLU(),
@@ -312,6 +315,7 @@ class DigitJudge(nn.Module):
             )
         judge = cls(digit_size=metadata["digit_size"])
         judge.load_state_dict(weights)
+        judge.network = f"{cls.name}-{short_hash(Path(path))}"
         return judge.freeze()
 
     def save(self, path: Path | str) -> None:

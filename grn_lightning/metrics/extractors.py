@@ -11,7 +11,7 @@ from grn_lightning.metrics.inception import InceptionFeatures
 from grn_lightning.metrics.protocols import CONVENTIONS, Rounding
 from grn_lightning.metrics.video_features import VideoFeatures
 
-FEATURES = (*CONVENTIONS, "digits", "dinov2", "clip:ARCHITECTURE", "video")
+FEATURES = (*CONVENTIONS, "digits-cnn", "dinov2", "clip:ARCHITECTURE", "video")
 """Names of features: Inception by a published protocol, the judge of the embedded set, and networks
 of the user."""
 
@@ -23,7 +23,7 @@ def build_extractor(
 
     Args:
         features: `dinov2` is the large one; `dinov2:NAME` another of timm's.
-        weights: File of its weights. For Inception, None looks into torch hub's cache; "digits"
+        weights: File of its weights. For Inception, None looks into torch hub's cache; "digits-cnn"
             takes the judge's file.
         rounding: How floats become bytes, for Inception if not as the protocol does it.
 
@@ -37,9 +37,9 @@ def build_extractor(
         return InceptionFeatures(weights, protocol=kind, rounding=rounding)
     if kind == "clip" and detail:
         return ClipFeatures(detail, weights)
-    if weights is None and kind in ("digits", "dinov2", "video"):
+    if weights is None and kind in ("digits-cnn", "dinov2", "video"):
         raise ValueError(f"features {features!r} need the file of their weights.")
-    if kind == "digits" and weights is not None:
+    if kind == "digits-cnn" and weights is not None:
         return DigitJudge.load(weights)
     if kind == "dinov2" and weights is not None:
         return DinoFeatures(weights, *([detail] if detail else []))

@@ -88,14 +88,23 @@ def short_hash(path: Path) -> str:
 
 
 @torch.no_grad()
-def extract(extractor: nn.Module, clips: Tensor) -> Features:
+def extract(extractor: nn.Module, clips: Tensor, *, real: bool = False) -> Features:
     """Return all that an extractor has to say; an extractor of one kind says one thing.
 
     It runs in evaluation mode: a metric inside a LightningModule is switched to training with it.
+
+    Args:
+        extractor: A `FeatureExtractor`.
+        clips: `(b, 3, f, h, w)` in [-1, 1].
+        real: Whether the clips were read from files. Then they are rounded back to the bytes that
+            they were, by every protocol; truncation would lose a level here and there.
     """
     extractor.eval()
-    whole: Any = getattr(extractor, "extract", None)
-    return Features(extractor(clips)) if whole is None else whole(clips)
+    of_clips: Any = getattr(extractor, "extract", None)
+    of_bytes: Any = getattr(extractor, "extract_bytes", None)
+    if real and of_bytes is not None:
+        return of_bytes(to_bytes(to_frames(clips), "round"))
+    return Features(extractor(clips)) if of_clips is None else of_clips(clips)
 
 
 # --- pixels ---------------------------------------------------------------------------------------

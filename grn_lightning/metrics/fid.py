@@ -185,7 +185,7 @@ class FrechetDistance(FrechetInceptionDistance):
         if weights is not None:
             clips = clips[weights > 0]
         if len(clips):
-            features = extract(self.extractor, clips).pooled.double()
+            features = extract(self.extractor, clips, real=real).pooled.double()
             check_features(features, len(self.real_features_sum))
             super().update(features, real=real)
 

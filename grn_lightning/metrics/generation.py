@@ -185,7 +185,7 @@ class GenerationMetrics(nn.Module):
             counts = weights > 0
             clips, sample_index = clips[counts], sample_index[counts.to(sample_index.device)]
         if len(clips) and (self.real if real else self.samples):
-            features = extract(self.extractor, clips)
+            features = extract(self.extractor, clips, real=real)
         else:
             features = self._no_features(clips.device)
         self.update_features(features, real=real, sample_index=sample_index)

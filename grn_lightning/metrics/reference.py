@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -183,24 +183,31 @@ class ReferenceStatistics:
         path = Path(path)
         if path.suffix not in (".safetensors", ".npz"):
             raise ValueError(f"statistics are written to .safetensors or .npz, got '{path}'.")
-        part = path.with_name(f".{path.name}.part")
-        tensors = self._tensors()
-        if path.suffix == ".npz":
-            arrays: dict[str, Any] = {
-                _ARRAYS[k]: v.numpy() for k, v in tensors.items() if k in _ARRAYS
-            }
+        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
             with part.open("wb") as file:
-                np.savez(file, **arrays)
-        else:
-            facts = {
-                "format": _FORMAT,
-                "protocol": self.protocol.as_dict(),
-                "source": self.source,
-                "count": self.moments.num_samples,
-                "digest": self.digest,
-            }
-            save_file(tensors, str(part), metadata={"reference": json.dumps(facts)})
-        os.replace(part, path)
+                if path.suffix == ".npz":
+                    np.savez(file, **self._arrays())
+                else:
+                    metadata = {"reference": json.dumps(self._facts())}
+                    file.write(save(self._tensors(), metadata=metadata))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _arrays(self) -> dict[str, Any]:
+        """What ADM's evaluator reads."""
+        return {_ARRAYS[k]: v.numpy() for k, v in self._tensors().items() if k in _ARRAYS}
+
+    def _facts(self) -> dict[str, Any]:
+        """What a file says about its numbers."""
+        return {
+            "format": _FORMAT,
+            "protocol": self.protocol.as_dict(),
+            "source": self.source,
+            "count": self.moments.num_samples,
+            "digest": self.digest,
+        }
 
     @classmethod
     def read(cls, path: Path | str, *, protocol: Protocol | None = None) -> Self:

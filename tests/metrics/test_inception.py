@@ -9,7 +9,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from grn_lightning.media.images import to_float
 from grn_lightning.metrics import InceptionFeatures, inception
-from grn_lightning.metrics.features import full_float32, protocol_of, resize_bytes, to_bytes
+from grn_lightning.metrics.features import (
+    extract,
+    full_float32,
+    protocol_of,
+    resize_bytes,
+    to_bytes,
+)
 
 
 class NoLayers(nn.Module):
@@ -124,6 +130,20 @@ def test_every_frame_of_a_clip_is_a_picture(extractor: InceptionFeatures) -> Non
     hook.remove()
     assert seen[0].shape == (2, 3, 299, 299)
     assert seen[0].unique().tolist() == [0.0]  # 127.5 rounds to 128, half to even
+
+
+def test_pictures_from_files_are_the_bytes_they_were_by_every_protocol(
+    empty_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(InceptionFeatures, "extract_bytes", lambda self, x: seen.append(x))
+    images = pictures(3)
+    clips = to_float(images)[:, :, None]
+    adm = InceptionFeatures(empty_file, protocol="adm")
+    extract(adm, clips, real=True)
+    extract(adm, clips)
+    assert torch.equal(seen[0], images)
+    assert not torch.equal(seen[1], images)
 
 
 def test_an_extractor_names_its_protocol(empty_file: Path) -> None:

@@ -180,7 +180,8 @@ def test_the_digit_judge_has_classes_too() -> None:
 
 def test_features_have_names(tmp_path: Path, clip_folder: Path) -> None:
     DigitJudge(digit_size=16).save(tmp_path / "judge.safetensors")
-    assert build_extractor("digits", tmp_path / "judge.safetensors").name == "digits-cnn"
+    judge = build_extractor("digits-cnn", tmp_path / "judge.safetensors")
+    assert protocol_of(judge).network.startswith("digits-cnn-")
     clip = build_extractor(f"clip:local-dir:{clip_folder}")
     assert clip.name == "clip-small"
     with pytest.raises(ValueError, match="no features 'inception'; known are torch_fidelity, adm"):
@@ -188,6 +189,6 @@ def test_features_have_names(tmp_path: Path, clip_folder: Path) -> None:
     with pytest.raises(ValueError, match="'dinov2:x' need the file of their weights"):
         build_extractor("dinov2:x")
     with pytest.raises(ValueError, match="rounding belongs to Inception"):
-        build_extractor("digits", tmp_path / "judge.safetensors", rounding="truncate")
+        build_extractor("digits-cnn", tmp_path / "judge.safetensors", rounding="truncate")
     with pytest.raises(ValueError, match=r"must be the file weights-inception.*none at"):
         build_extractor("adm", tmp_path / "none.pth")
