@@ -268,17 +268,13 @@ class LitGenerator(CodeStage):
         """Refuse data that this stage cannot learn from, besides what `CodeStage` refuses.
 
         Raises:
-            ValueError: If first frames are asked for without packs, or packs are for classes.
+            ValueError: If first frames are asked for without packs.
         """
         has_packs = hasattr(getattr(self.trainer, "datamodule", None), "token_budget")
         if self.corruption.i2v_ratio > 0 and not has_packs:
             raise ValueError(
                 "`corruption.i2v_ratio` needs packs, in which clips with a first frame stand "
                 "beside others: take `grn_lightning.lit.packed.PackedShardData`, or set it to 0."
-            )
-        if has_packs and not self.is_text:
-            raise ValueError(
-                "packs are for text-conditional generators; take `ShardData` with a `GRNClass`."
             )
         super().on_fit_start()
 

@@ -80,6 +80,11 @@ class MeasuringStage(Protocol):
         """Return the tokens of captions."""
 
 
+def _as_it_is(batch: PackedBatch) -> PackedBatch:
+    """Take a pack as the data set made it; a loader's own function would make lists of tuples."""
+    return batch
+
+
 class PackedShardData(ShardData):
     """Packs of documents to train on, batches to validate on; see the module's docstring.
 
@@ -195,10 +200,10 @@ class PackedShardData(ShardData):
     def _documents(self) -> list[DocumentReader]:
         """The training sources, measured by the stage at hand."""
         stage = self._stage or getattr(self.trainer, "lightning_module", None)
-        if not hasattr(stage, "text_lengths"):
+        if not hasattr(stage, "text_lengths") or not getattr(stage, "is_text", True):
             raise ValueError(
-                f"packs are for text-conditional generators (`LitGenerator`), got "
-                f"{type(stage).__name__}; take `grn_lightning.lit.data.ShardData`."
+                f"packs are for text-conditional generators, a `LitGenerator` with a `GRNText`, "
+                f"got {type(stage).__name__}; take `grn_lightning.lit.data.ShardData`."
             )
         readers: list[DocumentReader] = self._readers["train"]  # type: ignore[assignment]
         for reader in readers:
@@ -265,6 +270,7 @@ class PackedShardData(ShardData):
             ),
             sampler=self._sampler,
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.loader.num_workers,
             persistent_workers=has_workers and self.loader.persistent_workers,
             multiprocessing_context=self.loader.multiprocessing_context if has_workers else None,

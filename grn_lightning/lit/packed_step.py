@@ -92,7 +92,7 @@ def pack_elements(module: "LitGenerator", batch: PackedBatch) -> tuple[Tensor, l
             parts.append(one.flatten(1).T)
         else:
             parts.append(next(given))
-        grids.append(grid)
+        grids.append((grid[0], grid[1], grid[2]))  # pinned memory makes lists of tuples
     return torch.cat(parts), grids
 
 
