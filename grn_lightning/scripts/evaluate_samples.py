@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grn_lightning.datasets.manifest import write_json
-from grn_lightning.metrics import Measurement, ReferenceStatistics
+from grn_lightning.metrics import DigitJudge, Measurement, ReferenceStatistics
 from grn_lightning.metrics.protocols import metric_name
 from grn_lightning.scripts.asking import Asked, what_to_ask
 from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan, fingerprint
@@ -69,28 +69,35 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def _one_or_each(name: str, given: Sequence[Path], count: int) -> list[Path | None]:
+    """Return what was given for each of the features: nothing, one for all, or one for each."""
+    if len(given) not in (0, 1, count):
+        raise ValueError(
+            f"`{name}` must be one file, or one for each of the {count} `features`, got "
+            f"{len(given)}."
+        )
+    return [*given] if len(given) == count else [*given, None][:1] * count
+
+
 def _compared(
-    names: Sequence[str], references: Sequence[Path], *, inception: Path | None, judge: Path | None
+    names: Sequence[str], weights: Sequence[Path], references: Sequence[Path], judge: Path | None
 ) -> list[Compared]:
     """Open features and references, each network once, before anything is drawn.
 
     Raises:
         ValueError: If one is missing, or they do not belong together.
     """
-    if len(references) not in (0, 1, len(names)):
-        raise ValueError(
-            f"`reference` must be one file, or one for each of the {len(names)} `features`, got "
-            f"{len(references)}."
-        )
     if len(set(names)) < len(names):
         raise ValueError(f"`features` must be different ones, got {list(names)}.")
+    files = _one_or_each("feature_weights", weights, len(names))
     found = []
-    for number, name in enumerate(names):
-        source = FeatureSource.find(name, inception=inception, judge=judge)
-        features = Extracted.look(source)
+    for name, file, path in zip(
+        names, files, _one_or_each("reference", references, len(names)), strict=True
+    ):
+        file = judge if name == DigitJudge.name and file is None else file
+        features = Extracted.look(FeatureSource(name, file))
         reference = None
-        if references:
-            path = references[number if len(references) > 1 else 0]
+        if path is not None:
             reference = ReferenceStatistics.read(path, protocol=features.protocol)
         found.append(Compared(features, reference))
     return found
@@ -192,7 +199,7 @@ def evaluate_samples(
     split: str = "val",
     features: list[str] | str = "torch_fidelity",
     reference: list[Path] | Path | None = None,
-    inception: Path | None = None,
+    feature_weights: list[Path] | Path | None = None,
     judge: Path | None = None,
     out: Path | None = None,
     part_size: int = 256,
@@ -213,12 +220,12 @@ def evaluate_samples(
         conditions: Folder of shards whose captions or classes are asked for, or a text file with
             one prompt a line; more samples than conditions must be a multiple of them.
         split: Split of those shards.
-        features: One or more of torch_fidelity, adm, clean (the Inception, fed in the three ways of
-            publications), digits-cnn (the judge of the embedded set), or the path of a video
-            network in TorchScript.
+        features: One or more of `torch_fidelity`, `adm`, `clean` (the Inception, fed in the three
+            ways of publications), `digits-cnn`, `dinov2`, `clip:ARCHITECTURE` and `video`.
         reference: Statistics of real pictures, for each of the features or for all of them:
             `.npz` of ADM or JiT, or what `grn evaluate stats` has written.
-        inception: File of the Inception weights; by default the one in torch hub's cache.
+        feature_weights: File of the weights behind them, for each or for all; for the Inception by
+            default the one in torch hub's cache, for digits that of the judge.
         judge: Judge of the embedded set, which also reads whether samples show what was asked for.
         out: Folder of the parts and the result; by default one in the run's folder, by a hash of
             all that decides the parts.
@@ -235,7 +242,7 @@ def evaluate_samples(
     names = _as_list(features)
     if judge is not None and not judge.is_file():
         raise ValueError(f"no judge at '{judge}'; `grn digits` writes one beside the embedded set.")
-    compared = _compared(names, _as_list(reference), inception=inception, judge=judge)
+    compared = _compared(names, _as_list(feature_weights), _as_list(reference), judge)
     opened = open_drawer(
         checkpoint, config.weights, folder=config.weights_folder, tokenizer=config.tokenizer
     )

@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from grn_lightning.datasets.manifest import atomic_file
-from grn_lightning.lit.callbacks import DigitFeatures
-from grn_lightning.metrics import CONVENTIONS, DigitJudge, InceptionFeatures
+from grn_lightning.metrics import DigitJudge
+from grn_lightning.metrics.extractors import build_extractor
 from grn_lightning.metrics.features import extract, protocol_of
 from grn_lightning.metrics.protocols import Protocol
-from grn_lightning.metrics.video_features import VideoFeatures
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.scripts.asking import Asked
 from grn_lightning.scripts.draw_plan import DrawPlan
@@ -34,58 +33,23 @@ from grn_lightning.scripts.runs import file_hash
 PARTS, SAMPLES = "parts", "samples"
 """Folders of features and, where they are kept, of samples."""
 
-DIGITS = "digits-cnn"
-"""Features of the judge of the embedded set."""
-
 
 @dataclass(frozen=True)
 class FeatureSource:
     """Features by name, with the file of the network behind them."""
 
     name: str
-    """`torch_fidelity`, `adm`, `clean`, `digits-cnn`, or the path of a video network."""
+    """As `metrics.extractors.FEATURES` has it."""
     file: Path | None
     """File of the weights; None looks where they are usually cached."""
-
-    @classmethod
-    def find(cls, name: str, *, inception: Path | None, judge: Path | None) -> "FeatureSource":
-        """Return features by name.
-
-        Args:
-            name: As in the attribute.
-            inception: File of the Inception weights, for the published names.
-            judge: File of the judge of the embedded set.
-
-        Raises:
-            ValueError: If there are none of that name, or its file is not named.
-        """
-        if name in CONVENTIONS:
-            return cls(name, inception)
-        if name == DIGITS:
-            if judge is None:
-                raise ValueError(
-                    f"{DIGITS} are the features of the judge of the embedded set; say by `--judge` "
-                    "where it lies, such as data/digits/judge.safetensors."
-                )
-            return cls(name, judge)
-        if Path(name).suffix in (".pt", ".pth", ".jit"):
-            return cls(name, Path(name))
-        raise ValueError(
-            f"there are no features {name!r}; known are {', '.join([*CONVENTIONS, DIGITS])} and "
-            "the path of a video network in TorchScript, such as i3d.pt."
-        )
 
     def load(self) -> nn.Module:
         """Load the network.
 
         Raises:
-            ValueError: If the file is not there, or not what it should be.
+            ValueError: If there are no such features, or the file is not what it should be.
         """
-        if self.name in CONVENTIONS:
-            return InceptionFeatures(self.file, protocol=self.name)
-        if self.name == DIGITS:
-            return DigitFeatures(str(self.file))
-        return VideoFeatures(str(self.file))
+        return build_extractor(self.name, self.file)
 
 
 @dataclass(frozen=True)

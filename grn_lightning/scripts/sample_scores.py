@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from grn_lightning.metrics import Measurement, ReferenceStatistics
+from grn_lightning.metrics import DigitJudge, Measurement, ReferenceStatistics
 from grn_lightning.metrics.features import Features
 from grn_lightning.metrics.fid import require_width
 from grn_lightning.metrics.generation import (
@@ -20,7 +20,7 @@ from grn_lightning.metrics.protocols import short_count
 from grn_lightning.scripts.asking import Asked
 from grn_lightning.scripts.judging import MEANINGS, asked_directions
 from grn_lightning.scripts.records import Figure
-from grn_lightning.scripts.sample_features import DIGITS, Described, Extracted, FeatureJob
+from grn_lightning.scripts.sample_features import Described, Extracted, FeatureJob
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def shares(job: FeatureJob) -> list[Figure]:
     is_right = {f"{name} accuracy": torch.cat(parts) for name, parts in rights.items() if parts}
     if len(is_right) == 2:
         is_right["caption accuracy"] = torch.stack([*is_right.values()]).all(0)
-    protocol = (DIGITS, short_count(len(job.asked.values)))
+    protocol = (DigitJudge.name, short_count(len(job.asked.values)))
     return [
         Figure(name, protocol, _mean(right), "%", MEANINGS[name])
         for name, right in is_right.items()

@@ -6,7 +6,6 @@ number of devices gives the same number. All of it happens in validations, where
 weights are in place; training steps do not know of it.
 """
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,8 +52,7 @@ class DigitFeatures(nn.Module):
                 f"no judge at '{path}'; `grn digits` writes one beside the embedded set."
             )
         self.judge = DigitJudge.load(Path(path))
-        # A judge that was fitted otherwise gives other features under the same name.
-        self.network = f"{self.name}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
+        self.network = self.judge.network
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return the features of every frame, `(b f, num_features)`."""
