@@ -31,6 +31,7 @@ TOOLS = {
     "shards": "pack a folder of images or videos into WebDataset shards",
     "encode": "encode shards with a tokenizer, to train generators from codes",
     "cluster": "make the coarse labels of coarse-to-fine prediction, and see what they keep",
+    "plan": "tell memory, time and disk of a training: grn plan FILE... --device A100",
     "check": "check a run, or a training before it begins: grn check -c FILE",
     "reconstruct": "put pictures and videos of any size through a tokenizer and back",
     "sample": "draw images or videos from a trained generator",

@@ -19,16 +19,19 @@ WORK = Work(3, 30, 40, 6e12)
 class Run:
     """A training whose clock, steps and processes are set by hand."""
 
+    trainer: Any
+    module: Any
+
     def __init__(self, monkeypatch: pytest.MonkeyPatch, callback: Throughput, *, world_size: int):
         self.clock, self.logs = 0.0, list[dict[str, float]]()
         monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: self.clock)
         strategy = SimpleNamespace(reduce=self._reduce)
         self.world_size, self.callback = world_size, callback
-        self.trainer: Any = SimpleNamespace(
+        self.trainer = SimpleNamespace(
             world_size=world_size, log_every_n_steps=2, global_step=0, precision="bf16-mixed",
             strategy=strategy,
         )  # fmt: skip
-        self.module: Any = SimpleNamespace(
+        self.module = SimpleNamespace(
             log=self._note, work_of=lambda batch: batch, device=torch.device("cpu")
         )
         callback.on_train_start(self.trainer, self.module)

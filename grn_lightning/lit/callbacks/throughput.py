@@ -96,7 +96,7 @@ class Throughput(L.Callback):
             device=pl_module.device,
         )
         if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[assignment]
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
         samples, tokens, capacity, flops, waits, all_seconds = sums.tolist()
         seconds = all_seconds / trainer.world_size
         pl_module.log("perf/samples_per_second", samples / seconds, prog_bar=True)
