@@ -31,7 +31,6 @@ TOOLS = {
     "shards": "pack a folder of images or videos into WebDataset shards",
     "encode": "encode shards with a tokenizer, to train generators from codes",
     "cluster": "make the coarse labels of coarse-to-fine prediction, and see what they keep",
-    "plan": "tell memory, time and disk of a training: grn plan FILE... --device A100",
     "check": "check a run, or a training before it begins: grn check -c FILE",
     "reconstruct": "put pictures and videos of any size through a tokenizer and back",
     "sample": "draw images or videos from a trained generator",
@@ -89,13 +88,18 @@ def _run_trainer(*, run: bool = True) -> Any:
     from grn_lightning.lit.callbacks import Preflight
     from grn_lightning.lit.checkpoints import whole_checkpoint
     from grn_lightning.lit.command import ResumableCLI
+    from grn_lightning.lit.saving import save_files_whole
     from grn_lightning.lit.strategies import named_strategy
 
     class GRNCLI(ResumableCLI):
         def instantiate_trainer(self, **settings: Any) -> L.Trainer:
             """Take the strategies of `lit/strategies.py` by their names."""
             name = self._get(self.config_init, "trainer.strategy")
-            return super().instantiate_trainer(strategy=named_strategy(name), **settings)
+            kind = self._get(self.config_init, "trainer.accelerator")
+            strategy = named_strategy(name, accelerator=kind)
+            trainer = super().instantiate_trainer(strategy=strategy, **settings)
+            save_files_whole(trainer)  # and read what several processes have written
+            return trainer
 
         def add_arguments_to_parser(self, parser: Any) -> None:
             """Let every training check itself; `--preflight.enabled=false` turns it off."""
@@ -205,10 +209,12 @@ def _is_training(args: Sequence[str]) -> bool:
 
 def _check_training(args: Sequence[str]) -> Any:
     """Build the training that `grn fit` would run with these options, and check it."""
+    from grn_lightning.lit.strategies import refuse_unfit
     from grn_lightning.scripts.check import check_training
 
     sys.argv = [sys.argv[0], *args]  # LightningCLI warns where it is given both
     built = _run_trainer(run=False)
+    refuse_unfit(built.trainer.strategy, built.model)
     return _show(check_training(built.model, built.datamodule))
 
 

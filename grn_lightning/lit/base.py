@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
 from torch import nn
@@ -164,5 +164,17 @@ class StageModule(L.LightningModule, ABC):
                 f"are {sorted(hyper_parameters)}. Resume from one that this stage has written."
             )
         self.samples_seen = checkpoint["samples_seen"]
-        if not self._is_resuming:
+        if self._is_resuming:
+            self._refuse_without_moments(checkpoint)
+        else:
             checkpoint["state_dict"] = averaged_state(checkpoint)
+
+    def _refuse_without_moments(self, checkpoint: dict[str, Any]) -> None:
+        strategy = self.trainer.strategy
+        keeps_own = isinstance(strategy, (DeepSpeedStrategy, ModelParallelStrategy))
+        if "optimizer_states" not in checkpoint and not keeps_own:
+            raise ValueError(
+                "the checkpoint was written by several processes together, and the strategy of "
+                f"this run, {type(strategy).__name__}, cannot go on from its parts: go on with the "
+                "strategy that has written it, or start from its weights by `model.init_from`."
+            )

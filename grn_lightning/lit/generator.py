@@ -37,7 +37,9 @@ from grn_lightning.lit.checkpoints import (
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.packed_step import LOSS_WEIGHTS, LossWeights, pack_step, pack_work
+from grn_lightning.lit.parts import checkpoint_blocks
 from grn_lightning.lit.prediction import PredictionPlan
+from grn_lightning.lit.together import in_step
 from grn_lightning.lit.tokenizer import Prediction
 from grn_lightning.lit.work import Work, text_lengths
 from grn_lightning.metrics.accuracy import TimeBinnedAccuracy
@@ -117,6 +119,8 @@ class LitGenerator(CodeStage):
             choice. Batches of one size know no difference.
         attention_backend: What computes the attention of packed documents: "flex", "documents",
             "dense", or "auto", which is "flex" on CUDA and "documents" elsewhere.
+        activation_checkpointing: Compute every block once more on the way back instead of keeping
+            its activations; gradients are the same.
         seed: Seed of all noise.
     """
 
@@ -135,6 +139,7 @@ class LitGenerator(CodeStage):
         cache_codes: bool = False,
         loss_weights: LossWeights = "sqrt",
         attention_backend: Backend = "auto",
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ):
         config = _generator_config(generator)
@@ -156,6 +161,7 @@ class LitGenerator(CodeStage):
         self.generator_config = config
         self.corruption = as_config(CorruptionConfig, corruption)
         self.init_from = init_from
+        self.activation_checkpointing = activation_checkpointing
         self.prediction = PredictionPlan()
         self.save_hyperparameters(
             {
@@ -168,6 +174,7 @@ class LitGenerator(CodeStage):
                 "cache_codes": cache_codes,
                 "loss_weights": loss_weights,
                 "attention_backend": attention_backend,
+                "activation_checkpointing": activation_checkpointing,
                 "seed": seed,
             }
         )
@@ -198,6 +205,8 @@ class LitGenerator(CodeStage):
             if self.is_text:
                 parts["text_encoder"] = self.text_encoder
             start_from(self.init_from, parts)
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.generator)
 
     def adopt(self, generator: GRNText | GRNClass, text_encoder: TextEncoder | None) -> None:
         """Take over networks that exist, in place of `configure_model`, and load the tokenizer.
@@ -400,8 +409,14 @@ class LitGenerator(CodeStage):
         config: RefineConfig,
         seed: int,
     ) -> RefineResult:
-        """Draw the elements of one sample per row; see `GeneratorPipeline.sample`."""
-        return self.pipeline.sample(condition, sample_index, grid=grid, config=config, seed=seed)
+        """Draw the elements of one sample per row; see `GeneratorPipeline.sample`.
+
+        Where a strategy has divided the weights, all processes have to call it.
+        """
+        with in_step(self.generator, self.device):
+            return self.pipeline.sample(
+                condition, sample_index, grid=grid, config=config, seed=seed
+            )
 
     def draw_clips(
         self,

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -75,7 +76,8 @@ class Muon(Optimizer):
     """Momentum, orthogonalized; AdamW for groups that say so.
 
     A group with `use_muon` holds tensors of two or more axes, read as `(out, rest)`. Its update is
-    `lr * sqrt(max(1, out / rest)) * orthogonalize(momentum)` (Jordan et al. 2024).
+    `lr * sqrt(max(1, out / rest)) * orthogonalize(momentum)` (Jordan et al. 2024). Under FSDP every
+    process keeps its part of the momentum and gathers it to orthogonalize the whole.
 
     Args:
         groups: Parameter groups with `params`, `lr`, `weight_decay` and `use_muon`.
@@ -116,12 +118,14 @@ class Muon(Optimizer):
         """Move matrices; those of one shape together, which is where the time goes."""
         by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
-            by_shape[len(parameter), parameter[0].numel()].append(parameter)
+            by_shape[parameter.shape[0], parameter.shape[1:].numel()].append(parameter)
         for (rows, columns), alike in by_shape.items():
-            updates = torch.stack([self._momentum(p, group).view(rows, columns) for p in alike])
+            momenta = [whole_tensor(self._momentum(p, group)) for p in alike]
+            updates = torch.stack([momentum.view(rows, columns) for momentum in momenta])
             scale = max(1.0, rows / columns) ** 0.5
             for parameter, update in zip(alike, orthogonalize(updates), strict=True):
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+                whole = update.reshape(parameter.shape)
+                parameter.add_(own_part(whole, parameter), alpha=-group["lr"] * scale)
 
     def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Update the momentum and look ahead (Nesterov)."""
@@ -146,6 +150,20 @@ class Muon(Optimizer):
         state["square"].lerp_(grad.square(), 1 - beta_2)
         denominator = (state["square"] / (1 - beta_2**step)).sqrt_().add_(group["eps"])
         parameter.addcdiv_(state["mean"], denominator, value=-group["lr"] / (1 - beta_1**step))
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor of which FSDP has given every process a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Divide a tensor, which every process has, as FSDP has divided another; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return whole
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, like.placements)
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -7,12 +7,16 @@ in the optimizer.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from grn_lightning.lit.optim import own_part
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,8 @@ class OwnPart:
         """Return this process's part of a whole tensor; one that is a part stays as it is."""
         parameter = self.parameter
         if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-            mesh, whole = parameter.device_mesh, tensor.to(parameter.device)
-            everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-            return everywhere.redistribute(mesh, parameter.placements).to_local()
+            part = own_part(tensor.to(parameter.device), parameter)
+            return part.to_local()  # type: ignore[attr-defined]
         return tensor
 
 
@@ -67,3 +70,29 @@ def own_parts(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, OwnPar
         for name, parameter in network.named_parameters()
         if name.startswith(prefixes) and parameter.requires_grad
     }
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a transformer, the units of sharding and of checkpointing.
+
+    They are the elements of its lists that hold no list themselves.
+    """
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [
+        block for blocks in lists for block in blocks if any(True for _ in block.parameters())
+    ]
+    return [
+        block
+        for block in blocks
+        if not any(isinstance(part, nn.ModuleList) for part in block.modules())
+    ]
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """Make every block compute its activations once more on the way back, dropout included.
+
+    Names of parameters stay as they are, and gradients are those without, to the last bit.
+    """
+    for block in blocks_of(network):
+        again = partial(checkpoint, block.forward, use_reentrant=False)
+        object.__setattr__(block, "forward", again)

@@ -18,6 +18,8 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from grn_lightning.lit.shards import layout_of, read_shards
+
 COMPLETE = "complete.json"
 """Written last into the folder of a checkpoint: its files and their sizes."""
 
@@ -95,6 +97,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with written_whole(Path(path)) as stream:
             torch.save(checkpoint, stream)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a file, or what several processes have written in its place as if one had."""
+        if layout_of(path) in ("zero", "fsdp"):
+            return read_shards(path)
+        return super().load_checkpoint(path, map_location, weights_only)
 
 
 def save_files_whole(trainer: L.Trainer) -> None:

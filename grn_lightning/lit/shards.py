@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,14 +72,22 @@ _STAND_INS: list[tuple[Callable[..., Any], str]] = [
 """What a ZeRO folder may name besides tensors and plain data, and what is made of it."""
 
 
-def load_part(path: Path) -> dict[str, Any]:
+def load_part(path: Path, *, is_for_deepspeed: bool = False) -> dict[str, Any]:
     """Read one file of a ZeRO folder; tensors stay on disk until they are used.
+
+    Args:
+        path: The file.
+        is_for_deepspeed: Whether DeepSpeed reads on, which wants its classes and not stand-ins.
 
     Raises:
         ValueError: If it is damaged or holds more than tensors, plain data and `_STAND_INS`.
     """
+    known: list[Any] = list(_STAND_INS)
+    if is_for_deepspeed:
+        names = [name.rsplit(".", 1) for _, name in _STAND_INS]
+        known = [getattr(import_module(module), name) for module, name in names]
     try:
-        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise ValueError(

@@ -15,6 +15,7 @@ read by everything that reads one. What a strategy cannot do is refused before t
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,10 +35,9 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from grn_lightning.lit.checkpoints import read_checkpoint
-from grn_lightning.lit.optim import Muon
+from grn_lightning.lit.parts import blocks_of
 from grn_lightning.lit.shards import (
     EMA_PREFIX,
     EMA_STATE,
@@ -47,24 +47,11 @@ from grn_lightning.lit.shards import (
     stored_averages,
 )
 
+WAYS_IN = ("encode_text",)
+"""Methods that use weights of a network past its `forward`."""
+
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others."""
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a transformer, the units of sharding and of checkpointing.
-
-    They are the elements of its lists that hold no list themselves.
-    """
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [
-        block for blocks in lists for block in blocks if any(True for _ in block.parameters())
-    ]
-    return [
-        block
-        for block in blocks
-        if not any(isinstance(part, nn.ModuleList) for part in block.modules())
-    ]
 
 
 # --- DeepSpeed ------------------------------------------------------------------------------------
@@ -136,7 +123,12 @@ class ZeRO(DeepSpeedStrategy):
         return torch.device("cpu", 0) if device.type == "cpu" else device
 
     def setup_environment(self) -> None:
-        """Start the processes; Lightning's own refuses CPUs."""
+        """Start the processes; Lightning's own refuses CPUs.
+
+        Raises:
+            ValueError: If the module asks for what ZeRO cannot do.
+        """
+        refuse_unfit(self, self.lightning_module)
         if self.precision_plugin.precision == "bf16-mixed":
             self.precision_plugin = ZeroAutocast()
             assert isinstance(self.config, dict)
@@ -181,15 +173,6 @@ class ZeRO(DeepSpeedStrategy):
             deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
         super().setup(trainer)
 
-    def _init_optimizers(self) -> tuple[Optimizer, Any]:
-        optimizer, scheduler = super()._init_optimizers()
-        if isinstance(optimizer, Muon):
-            raise ValueError(
-                "Muon orthogonalizes whole matrices, and ZeRO cuts the optimizer's state wherever "
-                "it falls; set `model.optim.name: adamw`, or `trainer.strategy` to ddp or fsdp."
-            )
-        return optimizer, scheduler
-
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -204,7 +187,7 @@ class ZeRO(DeepSpeedStrategy):
         require_divided_alike(Path(checkpoint_path), stage=self.stage, world_size=self.world_size)
         # DeepSpeed would unpickle whatever there is.
         self.deepspeed_engine.checkpoint_engine.load = lambda path, map_location=None: load_part(
-            Path(path)
+            Path(path), is_for_deepspeed=True
         )
         return super().load_checkpoint(checkpoint_path, weights_only=None)
 
@@ -252,13 +235,20 @@ class FSDP(ModelParallelStrategy):
         self.offload = offload
 
     def setup_environment(self) -> None:
-        """Start the processes; all of them share the data, none a matrix product."""
+        """Start the processes; all of them share the data, none a matrix product.
+
+        Raises:
+            ValueError: If the module asks for what FSDP cannot do.
+        """
+        refuse_unfit(self, self.lightning_module)
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
         """Divide the averaged networks block by block."""
+        # Views are returned here and there; nothing changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         module = self.lightning_module
         assert module is not None
         for name in getattr(module, "averaged", ()):
@@ -281,8 +271,9 @@ class FSDP(ModelParallelStrategy):
         for part in (*blocks_of(network), network):
             if not isinstance(part, FSDPModule):
                 fully_shard(part, **options)
-        if hasattr(network, "encode_text"):  # a way into the blocks past `forward`
-            register_fsdp_forward_method(network, "encode_text")
+        for name in WAYS_IN:
+            if hasattr(network, name):
+                register_fsdp_forward_method(network, name)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
@@ -368,6 +359,38 @@ class FSDP(ModelParallelStrategy):
             _load_raw_module_state(checkpoint["state_dict"], self.lightning_module, strict=strict)
 
 
+# --- what does not go together --------------------------------------------------------------------
+
+
+def refuse_unfit(strategy: Strategy, module: L.LightningModule | None) -> None:
+    """Refuse what a strategy cannot do for a module, before anything is built.
+
+    Raises:
+        ValueError: Naming what can.
+    """
+    if module is None or not isinstance(strategy, ZeRO | FSDP):
+        return
+    name = f"ZeRO stage {strategy.stage}" if isinstance(strategy, ZeRO) else "FSDP"
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{name} trains with one optimizer, and {type(module).__name__} has one for each "
+            "player; set `trainer.strategy: ddp`."
+        )
+    optim = getattr(module, "optim", None)
+    if isinstance(strategy, ZeRO) and getattr(optim, "name", None) == "muon":
+        raise ValueError(
+            f"{name} cuts the optimizer's state wherever it falls, and Muon orthogonalizes whole "
+            "matrices; set `model.optim.name: adamw`, or `trainer.strategy` to fsdp or ddp."
+        )
+    trainer = module._trainer
+    is_predicting = trainer is not None and trainer.state.fn == TrainerFn.PREDICTING
+    if is_predicting and not (isinstance(strategy, ZeRO) and strategy.stage < 3):
+        raise ValueError(
+            f"{name} divides the weights, and processes that predict ask for them in their own "
+            "time; set `trainer.strategy: ddp`, which reads the same checkpoints."
+        )
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
@@ -392,8 +415,15 @@ LIGHTNINGS_OWN = {
 """Names for which Lightning has a strategy that loses the average; ours takes their place."""
 
 
-def named_strategy(name: Any) -> Any:
-    """Return the strategy of a name; what is no name of ours stays as it is."""
+def named_strategy(name: Any, *, accelerator: Any = "auto") -> Any:
+    """Return the strategy of a name; what is no name of ours stays as it is.
+
+    Args:
+        name: What a configuration says.
+        accelerator: What it says beside it; DeepSpeed looks for a GPU unless that is "cpu".
+    """
+    if accelerator == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not isinstance(name, str):
         return name
     build = STRATEGIES.get(LIGHTNINGS_OWN.get(name, name))

@@ -41,7 +41,9 @@ class Preflight(L.Callback):
             return
         if not isinstance(pl_module, CHECKED_STAGES):
             return
-        can_forward = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        # ZeRO is a kind of DDP, but stage 3 and FSDP have cut the networks into pieces.
+        is_whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        can_forward = is_whole and not getattr(trainer.strategy, "zero_stage_3", False)
         report = check_module(
             pl_module, batch, num_samples=self.num_samples, can_forward=can_forward
         )
