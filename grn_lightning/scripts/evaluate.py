@@ -143,6 +143,7 @@ def evaluate(
     num_samples: int | None = None,
     judge: Path | None = None,
     inception: Path | None = None,
+    protocol: str = "torch_fidelity",
     video_features: Path | None = None,
     vgg: Path | None = None,
     refine: RefineConfig = _REFINE,
@@ -166,6 +167,8 @@ def evaluate(
         num_samples: Judge the first so many; by default all for a tokenizer, 200 for a generator.
         judge: Judge of the embedded set; by default `judge.safetensors` beside the data, if there.
         inception: File of the Inception weights, which adds the Frechet distance of publications.
+        protocol: How the Inception is fed, as publications do it: `torch_fidelity`, `adm` or
+            `clean`; part of the name of its numbers.
         video_features: TorchScript file of a video network (I3D for publications), which adds the
             Frechet distance of clips.
         vgg: File of torchvision's VGG-16 weights for LPIPS of a tokenizer; by default those in
@@ -207,6 +210,7 @@ def evaluate(
         inception=inception,
         video_features=video_features,
         device=choose_device(device),
+        protocol=protocol,
     )
     gallery = Gallery(new_folder(run.folder / "evaluation"), root=run.folder, fps=held_out.fps)
     if isinstance(trained, LitGenerator):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from grn_lightning.media.images import to_uint8
 from grn_lightning.metrics import CodeStatistics, FramePSNR, FrameSSIM
+from grn_lightning.metrics.protocols import short_count
 from grn_lightning.metrics.reconstruction import FrameMean
 from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.nn.perceptual import LPIPS, find_vgg_weights
@@ -308,7 +309,7 @@ def evaluate_tokenizer(
             judging.add("reconstructions", reconstruction, batch)
             shown.add(clips, reconstruction)
             bar.update(len(clips))
-    count, split, table = str(judging.count), held_out.split, scores.table()
+    count, split, table = short_count(judging.count), held_out.split, scores.table()
     pictures = [_add_plot(gallery, table, scores.own, f"{count} samples of {split}, {size}")]
     return Findings(
         figures=[

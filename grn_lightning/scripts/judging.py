@@ -10,6 +10,8 @@ from torchmetrics import MeanMetric
 
 from grn_lightning.lit.callbacks import DigitFeatures
 from grn_lightning.metrics import DIRECTIONS, DigitJudge, FrechetDistance, InceptionFeatures
+from grn_lightning.metrics.features import protocol_of
+from grn_lightning.metrics.protocols import find_convention, short_count
 from grn_lightning.metrics.video_features import VideoFeatures
 from grn_lightning.scripts.records import Figure
 
@@ -54,9 +56,10 @@ class Judging:
         inception: File of the Inception weights; None leaves that distance out.
         video_features: File of a video network for FVD, see `VideoFeatures`; None leaves it out.
         device: Where the judges work.
+        protocol: How the Inception is fed: "torch_fidelity", "adm" or "clean".
 
     Raises:
-        ValueError: If a file is not what it should be.
+        ValueError: If a file is not what it should be, or there is no such protocol.
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class Judging:
         inception: Path | None,
         device: torch.device,
         video_features: Path | None = None,
+        protocol: str = "torch_fidelity",
     ):
+        find_convention(protocol)
         self.device = device
         self.left_out = [
             f"{name}: give `--{option} FILE`"
             for name, option, file in (
-                ("FID[inception-2015-12-05]", "inception", inception),
+                (f"FID[{protocol}]", "inception", inception),
                 ("FVD", "video_features", video_features),
             )
             if file is None
@@ -83,7 +88,7 @@ class Judging:
             self.judge = features.judge
             self.extractors.append(features)
         if inception is not None:
-            self.extractors.append(InceptionFeatures(inception).to(device))
+            self.extractors.append(InceptionFeatures(inception, protocol=protocol).to(device))
         if video_features is not None:
             self.extractors.append(VideoFeatures(video_features).to(device))
         self.distances: dict[Kind, list[FrechetDistance]] = {}
@@ -137,11 +142,11 @@ class Judging:
 
     def figures(self, kind: Kind, *, split: str) -> list[Figure]:
         """Return the figures of one kind."""
-        count, prefix = str(self.count), "" if kind == "samples" else "r"
+        count, prefix = short_count(self.count), "" if kind == "samples" else "r"
         distances = [
             Figure(
                 prefix + getattr(distance.extractor, "title", "FID"),
-                (distance.extractor_name, count, split),
+                (*protocol_of(distance.extractor, num_samples=self.count).parts, split),
                 float(distance.compute()),
                 meaning=f"Frechet distance of {kind} to the real ones; 0 is the same distribution",
             )

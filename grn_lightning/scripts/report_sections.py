@@ -20,7 +20,7 @@ from grn_lightning.scripts.runs import ClipSize
 
 def _protocol(evaluation: dict[str, Any]) -> str:
     """One line: on what an evaluation was made, and how."""
-    line = (
+    line = evaluation.get("about") or (
         f"First {evaluation['num_samples']} of split {evaluation['split']} in "
         f"{evaluation['data']}, {ClipSize(*evaluation['size'])} pixels"
     )

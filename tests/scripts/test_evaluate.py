@@ -222,10 +222,12 @@ def test_what_is_left_out_says_what_it_needs(
     told = str(evaluate(runs.tokenizer, digits / "clips"))
     for reason in (
         r"LPIPS: .*--vgg FILE",
-        r"FID\[inception.*--inception",
+        r"FID\[torch_fidelity\]: give `--inception",
         "FVD: .*--video_features",
     ):
         assert re.search(reason, told)
+    with pytest.raises(ValueError, match="no protocol 'tf'; known are torch_fidelity, adm, clean"):
+        evaluate(runs.tokenizer, digits / "clips", protocol="tf")
     with pytest.raises(ValueError, match="no file 'nowhere'"):
         evaluate(runs.tokenizer, digits / "clips", vgg=Path("nowhere"))
 
@@ -246,7 +248,7 @@ def test_fvd_is_the_distance_of_the_features_of_a_file(
         torch.jit.trace(_MeanColour(), torch.randn(2, 3, 5, 224, 224)).save(file)
     result = values(evaluate(runs.tokenizer, digits / "clips", video_features=file))
     [tag] = [tag for tag in result if "FVD" in tag]
-    assert re.fullmatch(r"rFVD\[colour-[0-9a-f]{8},6,val\]", tag)
+    assert re.fullmatch(r"rFVD\[colour-[0-9a-f]{8},6,round,val\]", tag)
 
     tokenizer, features = load_tokenizer(runs.tokenizer), dict[str, list[Tensor]]()
     for clip, _, _ in held_out(digits):
