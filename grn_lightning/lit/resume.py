@@ -6,47 +6,28 @@ newest to the oldest, and whatever is passed over is named with its reason. A ru
 are all unfit does not begin afresh.
 """
 
-import json
 import re
+import shutil
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from grn_lightning.lit.examine import Saved, examine, misfit
 from grn_lightning.lit.preflight import LOG
-from grn_lightning.lit.saving import COMPLETE, sizes_of
+from grn_lightning.lit.saving import COMPLETE, link, replace_folder, written_whole
+from grn_lightning.lit.shards import (
+    layout_of,
+    require_divided_alike,
+    zero_facts,
+)
+from grn_lightning.lit.strategies import ZeRO
 
-SHARDS = "checkpoint"
-"""Folder of DeepSpeed's files inside a checkpoint; Lightning calls it so."""
-NETWORKS = ("generator", "tokenizer", "backbone", "text_encoder")
-"""Settings of a module that say how large its networks are."""
 CSV_TABLE = "metrics.csv"
-NEEDED = ("state_dict", "global_step", "loops", "optimizer_states")
-"""What a file must hold that training can go on from."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was found whole."""
-
-    path: Path
-    """The file or folder itself, not a link to it."""
-    step: int
-    """Updates before it was saved."""
-    facts: Mapping[str, Any]
-    """What Lightning stores beside the weights."""
-
-    @property
-    def num_processes(self) -> int:
-        """Processes that DeepSpeed divided it among; 1 for others."""
-        return int(self.facts.get("dp_world_size", 1))
 
 
 @dataclass(frozen=True)
@@ -63,147 +44,6 @@ class Survey:
         return "; ".join(f"'{path}' {reason}" for path, reason in self.skipped)
 
 
-# --- one checkpoint -------------------------------------------------------------------------------
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a file that was not written to its end, or has changed since.
-
-    Raises:
-        ValueError: With the reason.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError("is cut off, or no checkpoint") from error
-    if broken is not None:
-        raise ValueError(f"is damaged: '{broken}' in it has another checksum")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Read a file without its tensors, which are mapped only."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError("holds more than tensors and plain data, or cannot be read") from error
-    if not isinstance(content, dict):
-        raise ValueError("is no checkpoint of a run")
-    return content
-
-
-def _check_file(path: Path) -> dict[str, Any]:
-    _check_archive(path)
-    content = _load(path)
-    missing = [key for key in NEEDED if key not in content]
-    if "state_dict" in missing:
-        raise ValueError("is no checkpoint of a run")
-    if missing:
-        raise ValueError("holds weights only: no training can go on from it")
-    return content
-
-
-def _check_noted(folder: Path) -> None:
-    """Compare a folder with the note of its files."""
-    noted = json.loads((folder / COMPLETE).read_text())["files"]
-    found = sizes_of(folder)
-    for name, size in noted.items():
-        if name not in found:
-            raise ValueError(f"is unfinished: '{name}' is missing")
-        if found[name] != size:
-            raise ValueError(f"is damaged: '{name}' has {found[name]:,} bytes instead of {size:,}")
-
-
-def _check_deepspeed(folder: Path) -> dict[str, Any]:
-    shards = sorted((folder / SHARDS).glob("*_states.pt"))
-    models = [path for path in shards if path.name.endswith("model_states.pt")]
-    if not models:
-        raise ValueError("is unfinished: no file in it holds the state of the model")
-    for path in shards:
-        try:
-            _check_archive(path)
-        except ValueError as error:
-            raise ValueError(f"is unfinished: '{SHARDS}/{path.name}' {error}") from error
-    content = _load(models[0])
-    expected, found = int(content.get("dp_world_size", 1)), len(shards) - len(models)
-    if found < expected:
-        raise ValueError(f"is unfinished: {found} of {expected} processes have written their part")
-    return content
-
-
-def _check_distributed(folder: Path) -> dict[str, Any]:
-    if not (folder / ".metadata").is_file():
-        raise ValueError("is unfinished: '.metadata', which is written last, is missing")
-    return _load(folder / "meta.pt")
-
-
-def _check_folder(folder: Path) -> dict[str, Any]:
-    has_note = (folder / COMPLETE).is_file()
-    if has_note:
-        _check_noted(folder)
-    if (folder / SHARDS).is_dir():
-        return _check_deepspeed(folder)
-    if (folder / "meta.pt").is_file():
-        return _check_distributed(folder)
-    raise ValueError("is unfinished: the folder holds no checkpoint")
-
-
-def examine(path: Path) -> Saved:
-    """Read a checkpoint, all of its bytes, and return what it says about itself.
-
-    Args:
-        path: A file, or the folder that a sharded strategy has written.
-
-    Raises:
-        ValueError: With a reason that goes on after its name: "is cut off, or no checkpoint".
-    """
-    if path.is_symlink() and not path.exists():
-        raise ValueError("points to nothing")
-    if not path.exists():
-        raise ValueError("does not exist")
-    path = path.resolve() if path.is_symlink() else path
-    facts = _check_folder(path) if path.is_dir() else _check_file(path)
-    if "global_step" not in facts:
-        raise ValueError("does not tell its step")
-    return Saved(path, int(facts["global_step"]), facts)
-
-
-def misfit(facts: Mapping[str, Any], module: L.LightningModule) -> str | None:
-    """Return why a module cannot go on from a checkpoint, if it cannot.
-
-    Args:
-        facts: What `examine` has read.
-        module: The module of this run.
-    """
-    there, here = facts.get("hyper_parameters", {}), dict(module.hparams)
-    is_of_this_stage = getattr(module, "_is_of_this_stage", None)
-    if is_of_this_stage is not None and not is_of_this_stage(there):
-        return f"is of another model: not one that {type(module).__name__} trains"
-    for name in NETWORKS:
-        before, now = there.get(name), here.get(name)
-        if not isinstance(before, dict) or not isinstance(now, dict):
-            continue
-        for key in sorted(before.keys() & now.keys() - {"checkpoint"}):
-            if _plain(before[key]) != _plain(now[key]):
-                return (
-                    f"is of another model: its `{name}.{key}` is {before[key]}, this run's is "
-                    f"{now[key]}"
-                )
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """Tuples and lists are one; YAML and checkpoints mix them up."""
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return value
-
-
-# --- all of a run ---------------------------------------------------------------------------------
-
-
 def _written_at(path: Path) -> int:
     """Nanoseconds; of a folder those of its newest file."""
     times = [path.lstat().st_mtime_ns]
@@ -217,7 +57,7 @@ def _inside(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*.ckpt"):
         if not any(parent.suffix == ".ckpt" for parent in path.relative_to(folder).parents):
             yield path
-    for note in folder.rglob(f".*.ckpt.*/{COMPLETE}"):
+    for note in folder.rglob(f".*.ckpt.part/{COMPLETE}"):
         yield note.parent
 
 
@@ -228,8 +68,7 @@ def candidates(folders: Iterable[Path]) -> list[Path]:
     """
     found: set[Path] = set()
     for folder in folders:
-        is_one = folder.is_file() or (folder / COMPLETE).exists() or (folder / SHARDS).is_dir()
-        found.update([folder] if is_one else _inside(folder))
+        found.update(_inside(folder) if layout_of(folder) is None else [folder])
     whole = {path.resolve() for path in found if not path.is_symlink()}
     kept = [path for path in found if not path.is_symlink() or path.resolve() not in whole]
     return sorted(kept, key=lambda path: (_written_at(path), path.name), reverse=True)
@@ -279,18 +118,15 @@ def newest_valid(folder: str | Path, *, module: L.LightningModule | None = None)
 
 def run_folders(trainer: L.Trainer) -> list[Path]:
     """Return where checkpoints of this run, or of earlier versions of it, may lie."""
-    folders = [
-        Path(path)
-        for callback in trainer.checkpoint_callbacks
-        if (path := getattr(callback, "dirpath", None))
-    ]
-    for logger in trainer.loggers[:1]:
-        root, version = _root_of(logger), getattr(logger, "_version", None)
-        name = version if isinstance(version, str) else f"version_{version}"
-        folders.append(root if version is None else root / name)
+    asked = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folders = [Path(path) for path in asked if path]
+    if folders and all(asked):
+        return folders
     if not trainer.loggers:
-        folders.append(Path(trainer.default_root_dir) / "checkpoints")
-    return folders
+        return [*folders, Path(trainer.default_root_dir) / "checkpoints"]
+    root, version = _root_of(trainer.loggers[0]), getattr(trainer.loggers[0], "_version", None)
+    name = version if isinstance(version, str) else f"version_{version}"
+    return [*folders, root if version is None else root / name]
 
 
 def _root_of(logger: Logger) -> Path:
@@ -307,12 +143,12 @@ def go_on_in_place(trainer: L.Trainer, saved: Saved) -> None:
     name. A logger that has a version of its own keeps it.
     """
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    is_first_process = trainer.node_rank == trainer.local_rank == 0
     for logger in trainer.loggers:
         _take_version(logger, saved.path)
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs.setdefault("purge_step", saved.step)
         table = Path(logger.log_dir) / CSV_TABLE if isinstance(logger, CSVLogger) else None
-        is_first_process = trainer.node_rank == trainer.local_rank == 0
         if is_first_process and table is not None and table.is_file():
             table.rename(free_name(table))
 
@@ -329,6 +165,32 @@ def _take_version(logger: Logger, checkpoint: Path) -> None:
         logger._version = int(match[1]) if match else first  # type: ignore[attr-defined]
 
 
+def place_of(saved: Saved) -> Path:
+    """Return where a checkpoint lies once `finish_save` has been called for it."""
+    name = saved.path.name
+    is_waiting = name.endswith(".part")
+    return saved.path.with_name(name[1:].removesuffix(".part")) if is_waiting else saved.path
+
+
+def finish_save(saved: Saved) -> None:
+    """Do what the run that wrote a checkpoint was killed before: give names.
+
+    A folder that was complete and waited for its name gets it. A `last.ckpt` that is older becomes
+    the checkpoint: else it would stay behind, if nothing is left to train.
+    """
+    path = place_of(saved)
+    if path != saved.path:
+        replace_folder(saved.path, path)
+    last = path.with_name("last.ckpt")
+    if path == last or not last.exists() or _written_at(last) >= _written_at(path):
+        return
+    if path.is_dir() or last.is_symlink():
+        link(last, path)
+    elif last.is_file():
+        with written_whole(last) as stream, path.open("rb") as source:
+            shutil.copyfileobj(source, stream)
+
+
 def free_name(path: Path) -> Path:
     """Return the first of NAME-1, NAME-2, ... that does not exist."""
     number = 1
@@ -339,41 +201,31 @@ def free_name(path: Path) -> Path:
 
 # --- strategies -----------------------------------------------------------------------------------
 
-_WAY = (
-    "To go on otherwise, `grn export` the checkpoint and start a run from its weights with "
-    "`model.init_args.init_from`; moments of the optimizer then begin anew."
-)
+_WAY = "or start from its weights with `model.init_from`, which begins the optimizer's moments anew"
 
 
-def refuse_other_strategy(saved: Saved, trainer: L.Trainer) -> None:
-    """Refuse a checkpoint whose parts this run's processes could not take up.
+def refuse_other_strategy(path: Path, trainer: L.Trainer) -> None:
+    """Refuse a checkpoint whose parts the processes of this run could not take up.
 
     Raises:
         ValueError: Naming the strategy or the number of processes that could.
     """
-    strategy, path = trainer.strategy, saved.path
-    is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
-    if (path / SHARDS).is_dir():
-        before, now = saved.num_processes, trainer.num_devices * trainer.num_nodes
-        if not is_deepspeed:
-            raise ValueError(
-                f"`resume`: '{path}' was written by DeepSpeed, and this run's strategy is "
-                f"{type(strategy).__name__}: set `trainer.strategy` as it was. {_WAY}"
-            )
-        if before != now:
-            raise ValueError(
-                f"`resume`: '{path}' was written by {before} processes of DeepSpeed, and this run "
-                f"has {now}: ZeRO does not divide its parts anew. Resume on {before}. {_WAY}"
-            )
-    elif path.is_dir() and not isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+    strategy, layout = trainer.strategy, layout_of(path)
+    if isinstance(strategy, ZeRO):
+        processes = trainer.num_devices * trainer.num_nodes
+        require_divided_alike(path, stage=strategy.stage, world_size=processes)
+        return
+    name = type(strategy).__name__
+    if layout == "zero":
+        facts = zero_facts(path)
         raise ValueError(
-            f"`resume`: '{path}' was written by FSDP, and this run's strategy is "
-            f"{type(strategy).__name__}: set `trainer.strategy` as it was. {_WAY}"
+            f"'{path}' was written by deepspeed_zero{facts.stage} on {facts.world_size} processes, "
+            f"and the strategy of this run is {name}: go on as it was written, {_WAY}."
         )
-    elif path.is_file() and is_deepspeed:
+    if layout == "fsdp" and not isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
         raise ValueError(
-            f"`resume`: '{path}' is one file, and DeepSpeed goes on from folders that it has "
-            f"written itself: set `trainer.strategy` as it was. {_WAY}"
+            f"'{path}' was written by fsdp, and the strategy of this run is {name}: go on with "
+            f"fsdp, on any number of processes, {_WAY}."
         )
 
 
@@ -416,7 +268,7 @@ def choose(mode: str | None, trainer: L.Trainer, module: L.LightningModule) -> S
     for path, reason in found.skipped:
         LOG.warning("resume: skipped '%s', which %s.", path, reason)
     saved = found.newest
-    refuse_other_strategy(saved, trainer)
+    refuse_other_strategy(saved.path, trainer)
     LOG.info("resume: goes on from '%s', %s.", saved.path, _standing(saved, trainer))
     return saved
 

@@ -5,34 +5,39 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from grn_lightning.lit.resume import free_name
+from grn_lightning.lit.examine import Saved
+from grn_lightning.lit.resume import finish_save, free_name
 from grn_lightning.lit.saving import save_files_whole
 
 
 class SameStart(L.Callback):
-    """Write checkpoint files whole, and refuse to begin at different ones on different processes.
+    """Write checkpoint files whole, and go on from one checkpoint on all processes.
 
-    Every process looks for the checkpoint by itself, before it can talk to the others. On a file
-    system that shows a folder late to one of them they might find different ones.
+    Every process looks for it by itself, before it can talk to the others. On a file system that
+    shows a folder late to one of them they might find different ones.
     """
 
     def __init__(self) -> None:
-        self.ckpt_path: str | None = None
+        self.saved: Saved | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compare with the first process.
+        """Compare with the first process, which then finishes what a killed save has left.
 
         Raises:
             ValueError: On all processes, if one has found another checkpoint.
         """
         save_files_whole(trainer)
-        first = trainer.strategy.broadcast(self.ckpt_path)
-        if not trainer.strategy.reduce_boolean_decision(first == self.ckpt_path, all=True):
+        mine = None if self.saved is None else str(self.saved.path)
+        first = trainer.strategy.broadcast(mine)
+        if not trainer.strategy.reduce_boolean_decision(first == mine, all=True):
             raise ValueError(
                 f"`resume`: the processes see different checkpoints, the first one {first!r}, this "
-                f"one {self.ckpt_path!r}: the file system shows folders late. Start again, or give "
-                "the checkpoint by `--resume PATH`."
+                f"one {mine!r}: the file system shows folders late. Start again, or give the "
+                "checkpoint by `--resume PATH`."
             )
+        if self.saved is not None and trainer.is_global_zero:
+            finish_save(self.saved)
+        trainer.strategy.barrier("resume")
 
 
 class SaveSettings(SaveConfigCallback):
