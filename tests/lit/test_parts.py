@@ -1,0 +1,120 @@
+"""Blocks of networks, computed once or twice; strategies and what they refuse."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from grn_lightning.lit.optim import OptimConfig, own_part, whole_tensor
+from grn_lightning.lit.parts import OwnPart, blocks_of, checkpoint_blocks, own_parts
+from grn_lightning.lit.strategies import FSDP, STRATEGIES, named_strategy, refuse_unfit
+from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
+from grn_lightning.models.grn_text import GRNText, GRNTextConfig, TextCondition
+from tests.tiny_runs import TINY_CLASS, TINY_TEXT, call_grn, tokenizer_config, write_yaml
+
+
+def text_network() -> tuple[GRNText, tuple[Any, ...]]:
+    torch.manual_seed(0)
+    network = GRNText(GRNTextConfig(**TINY_TEXT))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    codes = torch.randint(0, 2, (2, 8, 3, 2, 2))
+    return network, (codes, torch.rand(2), TextCondition(torch.randn(2, 4, 16), mask))
+
+
+def class_network() -> tuple[GRNClass, tuple[Any, ...]]:
+    torch.manual_seed(0)
+    network = GRNClass(GRNClassConfig(**TINY_CLASS, projection_dropout=0.5))
+    for parameter in network.parameters():
+        parameter.data.add_(0.1)  # gates are closed at the start, and blocks of no influence
+    return network, (torch.randint(0, 2, (2, 8, 2, 2)), torch.rand(2), torch.tensor([3, 10]))
+
+
+def gradients(network: torch.nn.Module, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    torch.manual_seed(1)  # of dropout
+    network(*arguments).square().mean().backward()
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("build", [text_network, class_network])
+def test_checkpointed_blocks_have_the_gradients_of_kept_ones(build):
+    network, arguments = build()
+    expected = gradients(network, arguments)
+    again, _ = build()
+    saved: dict[bool, int] = {}
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            checkpoint_blocks(again)
+        again.zero_grad()
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            torch.manual_seed(1)
+            again(*arguments)
+        saved[is_checkpointed] = sum(sizes)
+        again.zero_grad()
+        found = gradients(again, arguments)
+        assert len(found) == len(expected)
+        assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    assert saved[True] < 0.6 * saved[False]
+    assert again.state_dict().keys() == network.state_dict().keys()
+
+
+def test_blocks_are_the_innermost_repeated_parts():
+    network, _ = text_network()
+    assert [type(block).__name__ for block in blocks_of(network)] == ["Block"] * 2
+    network, _ = class_network()
+    assert len(blocks_of(network)) == TINY_CLASS["depth"]
+
+
+def test_on_one_process_a_part_is_the_whole():
+    network = torch.nn.Linear(2, 3)
+    parts = own_parts(network, ("weight",))
+    assert list(parts) == ["weight"]
+    part = parts["weight"]
+    part.weights().zero_()
+    assert not network.weight.any()
+    whole = torch.ones(3, 2)
+    assert part.cut(whole) is whole is own_part(whole, network.weight) is whole_tensor(whole)
+    assert OwnPart(network.bias).master().equal(network.bias.detach())
+
+
+# --- strategies -----------------------------------------------------------------------------------
+
+
+def test_names_are_ours_or_left_alone():
+    assert isinstance(named_strategy("fsdp"), FSDP)
+    assert {"deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp"} <= STRATEGIES.keys()
+    for other in ("ddp", "auto", None):
+        assert named_strategy(other) is other
+    given = FSDP()
+    assert named_strategy(given) is given
+
+
+class OneOptimizer(L.LightningModule):
+    """Asks for Muon."""
+
+    optim = OptimConfig(name="muon")
+
+
+def test_what_fsdp_cannot_do_is_refused(digits, tmp_path, capsys):
+    module = OneOptimizer()
+    refuse_unfit(FSDP(), module)  # it gathers matrices
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="FSDP trains with one optimizer, and OneOptimizer"):
+        refuse_unfit(FSDP(), module)
+    refuse_unfit(named_strategy("auto"), module)
+    file = write_yaml(tmp_path, tokenizer_config(tmp_path, digits, trainer={"strategy": "fsdp"}))
+    sentences = {
+        "fit": "the tokenizer stage: strategy FSDP takes a single optimizer; set",
+        "check": "FSDP trains with one optimizer, and LitTokenizer has one for each player; set",
+    }
+    for command, sentence in sentences.items():
+        with pytest.raises(SystemExit) as stop:
+            call_grn(command, "-c", file)
+        assert stop.value.code == 2
+        assert sentence in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""Folders in the layouts of DeepSpeed and FSDP, written by hand: what is read, what refused."""
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grn_lightning.lit.checkpoints import averaged_state, find_checkpoint, whole_checkpoint
+from grn_lightning.lit.shards import (
+    layout_of,
+    read_index,
+    read_shards,
+    require_divided_alike,
+    zero_facts,
+)
+
+SHAPES = {"net.a": (3, 5), "net.b": (7,), "net.c": (2, 2, 2)}
+
+
+def weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=rng).to(dtype) for name, shape in SHAPES.items()}
+
+
+def stretches(tensor: Tensor, world_size: int) -> list[Tensor]:
+    """Cut a tensor into equal flat parts; the last one is padded."""
+    length = -(-tensor.numel() // world_size)
+    flat = torch.zeros(length * world_size)
+    flat[: tensor.numel()] = tensor.flatten()
+    return list(flat.split(length))
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> list[Any]:
+    return [OrderedDict((name, tensor.shape) for name, tensor in tensors.items())]
+
+
+def write(folder: Path, name: str, content: dict[str, Any]) -> None:
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    (folder / "latest").write_text("checkpoint")
+    torch.save(content, folder / "checkpoint" / name)
+
+
+def optimizer(stage: int, world_size: int, **rest: Any) -> dict[str, Any]:
+    return {"optimizer_state_dict": {"zero_stage": stage, "partition_count": world_size, **rest}}
+
+
+def write_stage_3(folder: Path, world_size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and their averages as `world_size` processes write them."""
+    state, frozen = weights(), {"net.frozen": torch.arange(9.0).view(3, 3)}
+    averages = {name: tensor * 2 for name, tensor in state.items()}
+    buffers = {"net.steps": torch.tensor(4)}
+    for rank in range(world_size):
+        shadows = {name: stretches(t, world_size)[rank] for name, t in averages.items()}
+        model = {
+            "module": buffers | {name: torch.empty(0) for name in state},
+            "buffer_names": list(buffers),
+            "param_shapes": shapes_of(state),
+            "frozen_param_shapes": shapes_of(frozen)[0],
+            "frozen_param_fragments": {
+                n: stretches(t, world_size)[rank] for n, t in frozen.items()
+            },
+            "shared_params": {"net.same": "net.a"},
+            "dp_world_size": world_size,
+            "samples_seen": 32,
+            "callbacks": {"ema": {"shadows": shadows, "num_updates": 3}},
+        }
+        write(folder, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", model)
+        flat = torch.cat([stretches(tensor, world_size)[rank] for tensor in state.values()])
+        part = optimizer(3, world_size, fp32_flat_groups=[flat[:4], flat[4:]])
+        write(folder, f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", part)
+    return state | frozen | buffers | {"net.same": state["net.a"]}, averages
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 16])  # more processes than some have elements
+def test_stage_3_is_put_together(world_size, tmp_path):
+    expected, averages = write_stage_3(tmp_path, world_size)
+    checkpoint = read_shards(tmp_path)
+    assert checkpoint.keys() == {"state_dict", "callbacks", "samples_seen"}
+    assert checkpoint["state_dict"].keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert checkpoint["state_dict"][name].equal(tensor), name
+    state = averaged_state(checkpoint)
+    assert all(state[name].equal(average) for name, average in averages.items())
+    assert checkpoint["callbacks"]["ema"]["num_updates"] == 3
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_below_stage_3_float32_weights_come_from_where_they_are(stage, dtype, tmp_path):
+    true, groups = weights(), (["net.a", "net.c"], ["net.b"])
+    flats = []
+    for names in groups:
+        flat = torch.cat([true[name].flatten() for name in names])
+        flats.append(stretches(flat, 2))
+    for rank in range(2):
+        part = [flat[rank] for flat in flats]
+        content = optimizer(stage, 2, single_partition_of_fp32_groups=part)
+        write(tmp_path, f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", content)
+    model = {
+        "module": {name: tensor.to(dtype) for name, tensor in true.items()},
+        "buffer_names": [],
+        "param_shapes": [shapes_of({name: true[name] for name in names})[0] for names in groups],
+        "shared_params": {},
+    }
+    write(tmp_path, "mp_rank_00_model_states.pt", model)
+    state = read_shards(tmp_path)["state_dict"]
+    assert state.keys() == true.keys()
+    assert all(state[name].equal(tensor) for name, tensor in true.items())
+    assert zero_facts(tmp_path).stage == stage
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+class Stranger:
+    """Would be called if it were unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (print, ("unpickled",))
+
+
+def test_a_stranger_is_not_unpickled(tmp_path, capsys):
+    write_stage_3(tmp_path, 2)
+    write(tmp_path, "zero_pp_rank_1_mp_rank_00_optim_states.pt", {"x": Stranger()})
+    with pytest.raises(ValueError, match="rank_1_.*cannot be read as a part of a checkpoint"):
+        read_shards(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Stranger()))
+    with pytest.raises(ValueError, match=r"it names '(builtins|__builtin__).print'"):
+        read_index(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_missing_or_unfinished_is_named(tmp_path):
+    write_stage_3(tmp_path, 2)
+    part = tmp_path / "checkpoint" / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=rf"missing \[\], unfinished \['{part.name}'\]"):
+        whole_checkpoint(tmp_path)
+    part.unlink()
+    (tmp_path / "latest").unlink()
+    with pytest.raises(ValueError, match=rf"missing \['latest', '{part.name}'\]"):
+        whole_checkpoint(tmp_path)
+
+
+def test_training_goes_on_as_it_was_divided_or_not_at_all(tmp_path):
+    write_stage_3(tmp_path / "z", 2)
+    require_divided_alike(tmp_path / "z", stage=3, world_size=2)
+    with pytest.raises(ValueError, match="divided among 2 processes, and 4 are running"):
+        require_divided_alike(tmp_path / "z", stage=3, world_size=4)
+    with pytest.raises(ValueError, match="written by ZeRO stage 3, and this is stage 2"):
+        require_divided_alike(tmp_path / "z", stage=2, world_size=2)
+    torch.save({}, tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match="was not written by DeepSpeed"):
+        require_divided_alike(tmp_path / "file.ckpt", stage=2, world_size=2)
+
+
+def test_layouts_are_told_apart(tmp_path):
+    assert layout_of(tmp_path) is None
+    torch.save({}, tmp_path / "file.ckpt")
+    assert layout_of(tmp_path / "file.ckpt") == "file"
+    write_stage_3(tmp_path / "run" / "last.ckpt", 2)
+    assert layout_of(tmp_path / "run" / "last.ckpt") == "zero"
+    assert find_checkpoint(tmp_path / "run") == tmp_path / "run" / "last.ckpt"
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "meta.pt").write_bytes(b"")
+    assert layout_of(tmp_path / "f") == "fsdp"
