@@ -134,7 +134,9 @@ class StageModule(L.LightningModule, ABC):
         strategy = self.trainer.strategy
         if self._is_norm_due and isinstance(strategy, DeepSpeedStrategy):
             self._is_norm_due = False
-            self.log("train/grad_norm", float(strategy.deepspeed_engine.get_global_grad_norm()))
+            norm = strategy.deepspeed_engine.get_global_grad_norm()
+            if norm is not None:  # gradients that only add up have none yet
+                self.log("train/grad_norm", float(norm))
 
     @property
     def _is_resuming(self) -> bool:

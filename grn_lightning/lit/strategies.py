@@ -44,6 +44,7 @@ from grn_lightning.lit.shards import (
     layout_of,
     load_part,
     require_divided_alike,
+    require_whole,
     stored_averages,
 )
 
@@ -327,6 +328,8 @@ class FSDP(ModelParallelStrategy):
                 f"'{path}' was written by DeepSpeed: go on with its strategy, or start from its "
                 "weights by `model.init_from`."
             )
+        if layout_of(path) == "fsdp":
+            require_whole(path)
         checkpoint = super().load_checkpoint(path, weights_only=True)
         state = checkpoint.get("callbacks", {}).get(EMA_STATE)
         if state is not None and layout_of(path) == "fsdp":
