@@ -3,9 +3,9 @@ r"""Inception score from running sums (Salimans et al. 2016).
     exp( mean over samples of KL( p(y | x) || p(y) ) )
 
 The score is taken of parts of the samples and averaged. Publications differ in the parts: 10 of
-shuffled samples (torch-fidelity), or 5000 samples each in the order they were drawn (ADM). When the
-number of samples is known from the start, so is the part of every sample; then a part needs only
-the sums of p and of p log p, and nothing has to be kept.
+shuffled samples (torch-fidelity), or 5000 samples each, which must be in random order (ADM). When
+the number of samples is known from the start, so is the part of every sample; then a part needs
+only the sums of p and of p log p, and nothing has to be kept.
 """
 
 from typing import NamedTuple
@@ -36,16 +36,19 @@ def parts_of_samples(num_samples: int, convention: Convention) -> Tensor:
     Raises:
         ValueError: If there are fewer samples than parts.
     """
+    position = torch.arange(num_samples)
     if convention.score_part_size is not None:
-        return torch.arange(num_samples) // convention.score_part_size
-    assert convention.score_parts is not None
-    if num_samples < convention.score_parts:
-        raise ValueError(
-            f"an Inception score of {convention.score_parts} parts needs at least as many samples, "
-            f"got {num_samples}."
-        )
-    ends = torch.arange(1, convention.score_parts + 1) * num_samples // convention.score_parts
-    parts = torch.searchsorted(ends, torch.arange(num_samples), right=True)
+        parts = position // convention.score_part_size
+    else:
+        assert convention.score_parts is not None
+        count = convention.score_parts
+        if num_samples < count:
+            raise ValueError(
+                f"an Inception score of {count} parts needs at least as many samples, got "
+                f"{num_samples}."
+            )
+        ends = torch.arange(1, count + 1) * num_samples // count
+        parts = torch.searchsorted(ends, position, right=True)
     if convention.score_order == "in order":
         return parts
     # Position i of the shuffled samples is taken by sample order[i].

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,10 +8,15 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from grn_lightning.metrics import CONVENTIONS, InceptionScore
+from grn_lightning.metrics.protocols import Convention
+
+IN_ORDER = replace(CONVENTIONS["adm"], score_order="in order")
 
 
-def score_of(logits: Tensor, name: str = "torch_fidelity", batch: int = 9) -> InceptionScore:
-    metric = InceptionScore(logits.shape[1], num_samples=len(logits), convention=CONVENTIONS[name])
+def score_of(
+    logits: Tensor, convention: Convention = CONVENTIONS["torch_fidelity"], batch: int = 9
+) -> InceptionScore:
+    metric = InceptionScore(logits.shape[1], num_samples=len(logits), convention=convention)
     for part in torch.randperm(len(logits)).split(batch):
         metric.update(logits[part], part)
     return metric
@@ -34,14 +40,23 @@ def test_parts_in_order_are_those_of_adm() -> None:
         part = p[first : first + 5000]
         kl = part * (np.log(part) - np.log(part.mean(0, keepdims=True)))
         scores.append(math.exp(kl.sum(1).mean()))
-    found = score_of(logits, "adm", batch=5000).compute()
+    found = score_of(logits, IN_ORDER, batch=5000).compute()
     assert found.mean.item() == pytest.approx(np.mean(scores), rel=1e-9)
 
 
 def test_the_score_is_the_number_of_classes_at_best_and_one_at_worst() -> None:
     sure = 200.0 * torch.nn.functional.one_hot(torch.arange(4000) % 4, 4)
-    assert score_of(sure, "adm").compute().mean.item() == pytest.approx(4)
+    assert score_of(sure, IN_ORDER).compute().mean.item() == pytest.approx(4)
     assert score_of(torch.zeros(40, 4)).compute().mean.item() == pytest.approx(1)
+
+
+def test_samples_sorted_by_class_score_as_high_as_others() -> None:
+    """In order, a part of 5000 would hold one class of two and score 1."""
+    label = torch.arange(10_000) // 5000
+    sure = 30.0 * torch.nn.functional.one_hot(label, 2)
+    shuffled = score_of(sure, CONVENTIONS["adm"], batch=5000).compute().mean.item()
+    assert shuffled == pytest.approx(2, rel=1e-3)
+    assert score_of(sure, IN_ORDER, batch=5000).compute().mean.item() == pytest.approx(1)
 
 
 def test_memory_does_not_grow() -> None:
