@@ -11,13 +11,22 @@ import torch
 import yaml
 
 from grn_lightning.cli import main
-from grn_lightning.lit import coarse_to_fine, code_stage
+from grn_lightning.lit import coarse_to_fine, code_stage, generator
 from grn_lightning.lit.coarse_to_fine import LitFine, LitRaster
 from grn_lightning.lit.data import ShardData
 from grn_lightning.lit.generator import LitGenerator
+from grn_lightning.lit.packed import PackedShardData
+from grn_lightning.lit.rehearsal import StandInEncoder
 from grn_lightning.lit.tokenizer import LitTokenizer
 from grn_lightning.models.clusters import Clusters, ClustersInfo
 from grn_lightning.models.grn_class import GRNClassConfig
+from grn_lightning.models.grn_text import GRNTextConfig
+from grn_lightning.models.text_encoder import (
+    UMT5,
+    TextEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+)
 from grn_lightning.models.tokenizers import AnyTokenizerConfig, build_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +97,15 @@ def _weightless(monkeypatch: pytest.MonkeyPatch) -> None:
         code_stage, "load_tokenizer", lambda path: build_tokenizer(_tokenizer_of(path))
     )
     monkeypatch.setattr(code_stage, "weights_hash", lambda module: "none")
+    monkeypatch.setattr(generator, "build_text_encoder", _encoder)
     monkeypatch.setattr(coarse_to_fine, "read_clusters", lambda path, **_: _FewClusters(path))
+
+
+def _encoder(config: TextEncoderConfig) -> TextEncoder:
+    """Build the encoder, but for the one that nobody can build without its weights."""
+    if config.architecture == UMT5:
+        return StandInEncoder(GRNTextConfig.text_channels, 512)
+    return build_text_encoder(config)
 
 
 class _FewClusters(Clusters):
@@ -126,7 +143,10 @@ def test_an_experiment_parses_and_its_networks_can_be_built(grn: CommandLine, pa
     assert all(parameter.is_meta for parameter in model.parameters())
 
     data = _instantiate(experiment["data"])
-    assert data.samples_per_step(1) > 0
+    if isinstance(data, PackedShardData):  # whose samples per step depend on what is in the shards
+        assert data.token_budget > 0
+    else:
+        assert data.samples_per_step(1) > 0
 
 
 @pytest.mark.parametrize("path", GENERATORS, ids=_name)
@@ -146,6 +166,18 @@ def test_the_data_of_a_generator_are_what_it_asks_for(path: Path) -> None:
         assert data.num_classes == model.generator_config.num_classes
     else:
         assert data.with_captions
+
+
+@pytest.mark.parametrize(("size", "gpus"), [("b", 8), ("l", 8), ("h", 16), ("g", 32)])
+def test_class_recipes_follow_the_published_rules(size: str, gpus: int) -> None:
+    path = ROOT / "experiments" / "c2i" / f"{size}_256.yaml"
+    experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (source,) = experiment["data"]["init_args"]["sources"]
+    optim, epoch = experiment["model"]["init_args"]["optim"], 1_281_167
+    batch = gpus * source["batch_size"]
+    assert optim["lr"] == 5e-5 * batch / 256
+    assert optim["warmup_samples"] == 5 * epoch
+    assert experiment["trainer"]["max_steps"] * batch == pytest.approx(600 * epoch, rel=0.001)
 
 
 @pytest.mark.usefixtures("_weightless")
@@ -175,7 +207,7 @@ def test_both_stages_of_a_pair_have_one_split() -> None:
     for path in STAGES:
         found = yaml.safe_load(path.read_text())["model"]["init_args"]
         if "split" in found:
-            pair = re.sub("_(coarse|fine)|^(coarse|fine)_(b|l|xl)", "", path.stem)
+            pair = re.sub("_(coarse|fine)(_causal)?|^(coarse|fine)_(b|l|xl)", "", path.stem)
             splits.setdefault(pair, set()).add(f"{found['tokenizer']} {found['split']}")
     assert splits.keys() == {"_256", "digits_vq", "digits_hbq1", "digits_hbq2"}
     assert all(len(found) == 1 for found in splits.values())

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.lit.memory import LiveBytes, StepMemory, TracedStep, without_memory
 from grn_lightning.lit.optim import OptimConfig, configure_optimizers
-from grn_lightning.lit.stepping import checkpoint_activations
-from grn_lightning.lit.strategies import blocks_of
+from grn_lightning.lit.parts import blocks_of, checkpoint_blocks
 from grn_lightning.models.costs import num_parameters
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, TextCondition
-from grn_lightning.models.text_encoder import TINY, OpenClipTextEncoder, TextEncoder
+from grn_lightning.models.text_encoder import TINY, UMT5, OpenClipTextEncoder, TextEncoder
 from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.models.tokenizers import build_tokenizer
 from grn_lightning.models.variants import TOKENIZERS
+
+UMT5_BYTES = 2 * 5_680_910_336
+"""Weights of UMT5-XXL's encoder in bfloat16."""
 
 TEXT_TOKENS = 77
 """Tokens of a caption where nothing tells."""
@@ -61,8 +63,8 @@ class StepSettings:
     """`trainer.accumulate_grad_batches`."""
     has_average: bool = False
     """Whether an EMA callback runs."""
-    is_checkpointed: bool | None = None
-    """Activation checkpointing of every block; None leaves what the stage says."""
+    is_checkpointed: bool = False
+    """Activation checkpointing of every block."""
 
 
 class Blocks(NamedTuple):
@@ -156,6 +158,13 @@ class Rehearsal:
         """Whether the text encoder is trained along."""
         return self.text_config is not None and self.text_config.architecture == TINY
 
+    @property
+    def encoder_bytes(self) -> int:
+        """Weights of a frozen text encoder that computes on the device; those of UMT5-XXL."""
+        config = self.text_config
+        is_here = config is not None and config.architecture == UMT5 and config.device != "cpu"
+        return UMT5_BYTES if is_here else 0
+
     def _encoder(self, batch: BatchSizes) -> TextEncoder | None:
         if self.text_config is None:
             return None
@@ -179,8 +188,7 @@ class Rehearsal:
         network = self._network()
         module.adopt(network, self._encoder(batch))
         if is_checkpointed:
-            for block in blocks_of(network):
-                checkpoint_activations(block, type(block))
+            checkpoint_blocks(network)
         module.train()
 
     def batch(self, batch: BatchSizes) -> Any:
@@ -219,7 +227,7 @@ class Rehearsal:
         module = LitGenerator(**self.settings)
         _detach_from_trainer(module)
         with LiveBytes() if for_real else without_memory() as live:
-            self._put_networks(module, sizes, is_checkpointed=bool(settings.is_checkpointed))
+            self._put_networks(module, sizes, is_checkpointed=settings.is_checkpointed)
             parts = [part for name in module.averaged if (part := getattr(module, name, None))]
             trained = tuple(p for part in parts for p in part.parameters() if p.requires_grad)
             optimizer = configure_optimizers(
@@ -235,7 +243,14 @@ class Rehearsal:
                 averaged=trained if settings.has_average else (),
                 clip=settings.clip,
             )
-            return step.measure(live)
+            found = step.measure(live)
+        more = self.encoder_bytes
+        return replace(
+            found,
+            frozen=found.frozen + more,
+            compute=found.compute + more,
+            update=found.update + more,
+        )
 
     def time(self, sizes: BatchSizes, settings: StepSettings, *, steps: int = 3) -> float:
         """Take a few micro-batches for real, on the CPU, and return the seconds of the fastest.

@@ -233,7 +233,7 @@ def plan(configs: list[str], *, config: PlanConfig) -> Plan:
     step = _largest(rehearsal, training)
     works = [batch_work(rehearsal, source.sizes) for source in training.sources]
     rates, rate = _rates(rehearsal, training, device, config)
-    again = bool(training.step.is_checkpointed)
+    again = training.step.is_checkpointed
     result = Plan(
         title=" + ".join(word if "=" in word else Path(word).name for word in configs),
         device=device,
@@ -309,10 +309,10 @@ def _notes(
             "attention that takes no room for masks (FlexAttention)."
         )
     if rehearsal.is_text and not rehearsal.has_trained_encoder:
+        place = "on the device" if rehearsal.encoder_bytes else "elsewhere, or not at all"
         notes.append(
             f"captions of {training.sources[0].sizes.text_tokens} tokens (`--text_tokens`); the "
-            "text encoder itself is not counted: cache its features by `grn encode`, or leave it "
-            "on the CPU."
+            f"text encoder computes {place}, and its time is not counted."
         )
     if not config.measure:
         notes.append(

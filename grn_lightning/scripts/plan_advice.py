@@ -70,7 +70,7 @@ def _variants(choice: Choice, world_size: int, optimizer: str) -> Iterator[_Vari
     strategies += ["deepspeed_zero2_offload", "deepspeed_zero3_offload"]
     if optimizer == "muon":  # ZeRO cuts the matrices that Muon needs whole
         strategies = [one for one in strategies if not one.startswith("deepspeed")]
-    was = bool(choice.training.step.is_checkpointed)
+    was = choice.training.step.is_checkpointed
     for strategy in dict.fromkeys(strategies):
         for again in {was, True}:
             parts = 1
@@ -92,7 +92,7 @@ def advise(
         device: What it is to fit.
     """
     training = choice.training
-    was = bool(training.step.is_checkpointed)
+    was = training.step.is_checkpointed
     steps = {was: step}
     if not was:
         sizes = max((s.sizes for s in training.sources), key=lambda one: _pixels(one.samples, one))
@@ -128,7 +128,7 @@ def _changes(variant: _Variant, choice: Choice) -> tuple[str, ...]:
     if variant.strategy != choice.strategy:
         changes.append(f"trainer.strategy: {variant.strategy}")
     if variant.is_checkpointed and not training.step.is_checkpointed:
-        changes.append("activation checkpointing")
+        changes.append("model.init_args.activation_checkpointing: true")
     if variant.parts > 1:
         sizes = [-(-source.sizes.samples // variant.parts) for source in training.sources]
         number = training.step.micro_batches * variant.parts

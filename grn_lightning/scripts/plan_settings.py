@@ -206,6 +206,7 @@ def as_training(
         clip=float(trainer.get("gradient_clip_val") or 0.0),
         micro_batches=int(trainer.get("accumulate_grad_batches") or 1),
         has_average=any(name.endswith(".EMA") for name in callbacks),
+        is_checkpointed=bool(model["init_args"].get("activation_checkpointing")),
     )
     strategy = trainer.get("strategy") or "auto"
     if isinstance(strategy, dict):

@@ -72,7 +72,7 @@ class DeviceMemory:
     parameters: float
     """Of the trained networks."""
     frozen: float
-    """Of the tokenizer."""
+    """Of the tokenizer, and of a text encoder that computes on the device."""
     gradients: float
     """All that are kept."""
     optimizer: float
@@ -95,7 +95,7 @@ class DeviceMemory:
         """Names and bytes of the parts on the device."""
         return [
             ("parameters", self.parameters),
-            ("tokenizer", self.frozen),
+            ("frozen networks", self.frozen),
             ("gradients", self.gradients),
             ("optimizer state", self.optimizer),
             ("moving average", self.average),
