@@ -1,5 +1,6 @@
 """The order is a function of (seed, samples seen): exactly-once epochs, ranks as slices."""
 
+import hashlib
 import pickle
 from collections import Counter
 from itertools import islice
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 from grn_lightning.datasets.order import (
+    HASH_RANGE,
     EndlessBatchSampler,
     OrderedSource,
     SampleOrder,
     TrainingOrder,
     ValidationBatchSampler,
+    hash_of_places,
     permutation,
 )
 
@@ -201,6 +204,48 @@ def test_rebalanced_sources_have_had_their_share(num_steps):
     assert position.samples == (5, 6)
     assert position.num_batches == num_steps
     assert abs(position.batches[0] - 0.75 * num_steps) <= 1
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_the_sum_of_its_samples_digests():
+    keys = ["a", "b", "c"]
+    digests = [hashlib.blake2b(f"{n}:{key}".encode(), digest_size=8) for n, key in enumerate(keys)]
+    words = [int.from_bytes(digest.digest(), "little") for digest in digests]
+    assert hash_of_places(range(3), keys) == sum(words) % HASH_RANGE
+    assert hash_of_places([], []) == 0
+
+
+def test_a_fingerprint_is_fixed_for_ever():
+    assert hash_of_places([0, 1], ["000", "001"]) == 0x5224C9B5C387F13
+
+
+def test_parts_in_any_order_have_the_fingerprint_of_the_whole():
+    keys = [f"{n:03d}" for n in range(12)]
+    whole = hash_of_places(range(12), keys)
+    parts = [hash_of_places(range(i, 12, 3), keys[i::3]) for i in (2, 0, 1)]
+    assert sum(parts) % HASH_RANGE == whole
+    assert hash_of_places(range(11, -1, -1), keys[::-1]) == whole
+
+
+@pytest.mark.parametrize(
+    ("numbers", "keys"),
+    [
+        ([0, 1, 2], ["a", "c", "b"]),  # two changed places
+        ([0, 1], ["a", "b"]),  # one is missing
+        ([0, 1, 2, 2], ["a", "b", "c", "c"]),  # one came twice
+        ([1, 2, 3], ["a", "b", "c"]),  # all came one later
+        ([0, 1, 2], ["a", "b", "d"]),  # another one
+    ],
+)
+def test_other_samples_or_places_have_another_fingerprint(numbers, keys):
+    assert hash_of_places(numbers, keys) != hash_of_places([0, 1, 2], ["a", "b", "c"])
+
+
+def test_a_number_without_a_key_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        hash_of_places([0, 1], ["a"])
 
 
 # --- validation -----------------------------------------------------------------------------------
