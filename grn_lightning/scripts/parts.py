@@ -272,6 +272,8 @@ def do_parts(job: PartJob, *, devices: int, device: str) -> bool:
         raise ValueError(
             f"torchrun or SLURM has started {rank.of} processes already; leave `--devices` out."
         )
+    if all(job.has(number) for number in range(len(job.samples_per_part))):
+        return rank.number == 0
     if devices > 1:
         if choose_device(device).type == "cuda":
             device_of(device, devices - 1)  # refuses what there is not, before anything starts
