@@ -1,10 +1,16 @@
 """Fixtures of the whole suite: one thread, one seed, and where the golden numbers lie."""
 
+import inspect
 import os
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+
+from grn_lightning.cli import TOOLS
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +37,23 @@ def golden() -> Path:
 def media() -> Path:
     """Folder of short real video files (`*.mp4`)."""
     return _shared("media")
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tools that were called, in place of what they do."""
+    calls: list[str] = []
+
+    def stand_in(tool: Callable[..., object]) -> Callable[..., str]:
+        @wraps(tool)
+        def call(*args: object, **kwargs: object) -> str:
+            inspect.signature(tool).bind(*args, **kwargs)
+            calls.append(tool.__name__)
+            return "done"
+
+        return call
+
+    for name in (tool.replace(" ", "_") for tool in TOOLS):
+        module = import_module(f"grn_lightning.scripts.{name}")
+        monkeypatch.setattr(module, name, stand_in(getattr(module, name)))
+    return calls

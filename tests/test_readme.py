@@ -1,14 +1,11 @@
 """What the documents say is there: commands with their options, paths, links."""
 
-import inspect
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable
-from functools import wraps
 from importlib import import_module
 from pathlib import Path
 
@@ -81,26 +78,6 @@ def _all_grn_commands() -> list[str]:
 def _is_plain_fit(command: str) -> bool:
     """Whether it only names files, which `test_experiments.py` parses."""
     return command.startswith(("grn fit", "grn check -c")) and "--" not in command
-
-
-@pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the tools that were called, in place of what they do."""
-    calls: list[str] = []
-
-    def stand_in(tool: Callable[..., object]) -> Callable[..., str]:
-        @wraps(tool)
-        def call(*args: object, **kwargs: object) -> str:
-            inspect.signature(tool).bind(*args, **kwargs)
-            calls.append(tool.__name__)
-            return "done"
-
-        return call
-
-    for name in (tool.replace(" ", "_") for tool in TOOLS):
-        module = import_module(f"grn_lightning.scripts.{name}")
-        monkeypatch.setattr(module, name, stand_in(getattr(module, name)))
-    return calls
 
 
 # --- commands -------------------------------------------------------------------------------------
