@@ -7,7 +7,7 @@ from PIL import Image
 from grn_lightning.scripts.report_curves import History
 from grn_lightning.scripts.report_page import Page, Panel
 
-_COLOURS = 48  # of a panel: drawings have few, and a page should be light
+_COLOURS = 128  # of a panel: drawings have few, and a page should be light
 _WIDE = "inspect/strip"
 _MEANINGS = {
     "inspect/maps": "Every step of the first of them. Above the complete sample, decoded; below it "
