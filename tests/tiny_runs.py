@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import json
 import os
 import signal
@@ -186,7 +187,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def logged(folder: Path, name: str) -> dict[int, str]:
     """What a CSVLogger wrote of one quantity: its digits, by step."""
-    rows = [line.split(",") for line in (folder / "log" / "metrics.csv").read_text().splitlines()]
+    rows = [*csv.reader((folder / "log" / "metrics.csv").read_text().splitlines())]
     column, step = rows[0].index(name), rows[0].index("step")
     whole = [row for row in rows[1:] if len(row) == len(rows[0])]  # the last one may be cut off
     return {int(row[step]): row[column] for row in whole if row[column]}

@@ -36,6 +36,7 @@ from tests.tiny_runs import call_grn, kill, start_grn
 
 RULE = AdaptiveSteps(slope=3000.0, offset=-2940.0, decision_step=1, min_steps=3)
 QUICK = DrawOptions(refine=RefineConfig(num_steps=3, guidance_scale=2.0), batch_size=4, seed=5)
+PATIENCE = 180  # seconds that processes may take to start on a busy machine
 ADAPTIVE = replace(QUICK, refine=RefineConfig(num_steps=6, guidance_scale=2.0, adaptive=RULE))
 
 
@@ -301,7 +302,7 @@ def test_processes_and_kills_change_no_number(
 
     cut = start_grn(*words("cut"), log=log)
     parts = tmp_path / "cut" / "parts"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list(parts.glob("*.safetensors"))) < 2:
         assert time.monotonic() < deadline, log.read_text()
         assert cut.poll() is None, log.read_text()
@@ -309,7 +310,7 @@ def test_processes_and_kills_change_no_number(
     kill(cut)
     kept = {file: file.stat().st_mtime_ns for file in parts.glob("*.safetensors")}
     assert 2 <= len(kept) < 10
-    assert start_grn(*words("cut"), "--devices=2", log=log).wait(120) == 0, log.read_text()
+    assert start_grn(*words("cut"), "--devices=2", log=log).wait(PATIENCE) == 0, log.read_text()
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
 
     call_grn(*words("one"))
@@ -319,7 +320,7 @@ def test_processes_and_kills_change_no_number(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert torchrun.returncode == 0, torchrun.stderr
@@ -349,6 +350,17 @@ class ReadPart:
     __hash__ = None  # type: ignore[assignment]
 
 
+def _is_alive(group: int) -> bool:
+    """Whether a process of a group is left after a moment."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.scale
 def test_ctrl_c_ends_all_processes(
@@ -356,8 +368,11 @@ def test_ctrl_c_ends_all_processes(
 ) -> None:
     log = tmp_path / "log"
     words = _command(runs.classes, digits, reference, tmp_path / "out")
+    # A shell starts background jobs deaf to Ctrl-C, and they would pass that on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start_grn(*words, "--devices=2", "--num_samples=6000", log=log)
-    deadline = time.monotonic() + 120
+    signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + PATIENCE
     while not list((tmp_path / "out").glob("parts/*.safetensors")):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
@@ -365,5 +380,4 @@ def test_ctrl_c_ends_all_processes(
     assert process.wait(60) == 130, log.read_text()
     assert "the same command goes on where it stopped" in log.read_text()
     assert "Traceback" not in log.read_text()
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # none of them is left
+    assert not _is_alive(process.pid)
