@@ -145,11 +145,13 @@ class DocumentReader:
         self._remember()
 
     def _remember(self) -> None:
+        self._lengths: dict[int, int] = {}
         self._noted = lru_cache(maxsize=_MEASURED)(self._read_noted)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave what was read behind when pickled."""
-        return {k: v for k, v in vars(self).items() if k != "_noted"} | {"_readers": {}}
+        kept = {k: v for k, v in vars(self).items() if k not in ("_noted", "_lengths")}
+        return kept | {"_readers": {}}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Restore the fields; facts are read again when needed."""
@@ -199,11 +201,18 @@ class DocumentReader:
 
         Args:
             index: The sample.
-            count: Tells the tokens of a text; not asked where features are cached.
+            count: Tells the tokens of a text, always the same; not asked where features are cached.
 
         Raises:
             ValueError: If it has neither caption nor features.
         """
+        if index not in self._lengths:
+            if len(self._lengths) >= _MEASURED:
+                self._lengths.clear()
+            self._lengths[index] = self._count_text(index, count)
+        return self._lengths[index]
+
+    def _count_text(self, index: int, count: Callable[[str], int]) -> int:
         raw = self.shards.read(index, ("txt", "json"))
         if not self.format.sample.with_text_features:
             if "txt" not in raw.fields:

@@ -80,7 +80,7 @@ class MeasuringStage(Protocol):
         """Return the tokens of captions."""
 
 
-def _as_it_is(batch: PackedBatch) -> PackedBatch:
+def _as_it_is(batch: Any) -> Any:
     """Take a pack as the data set made it; a loader's own function would make lists of tuples."""
     return batch
 
@@ -179,6 +179,10 @@ class PackedShardData(ShardData):
                 (
                     wanted.codes and wanted.random_window,
                     "`random_window` needs pixels: codes are those of one stretch of each video",
+                ),
+                (
+                    wanted.random_crop and not wanted.codes,
+                    "`random_crop` needs codes, those of `grn encode --crop_scale`",
                 ),
                 (
                     wanted.codes and source.presets is not None,
