@@ -109,6 +109,16 @@ def _load(run: TrainedRun, tokenizer: Path | None) -> LitGenerator | HBQTokenize
     return load_generator(run.checkpoint, tokenizer=None if tokenizer is None else str(tokenizer))
 
 
+def _size(
+    trained: LitGenerator | HBQTokenizer, run: TrainedRun, source: dict[str, Any], **wanted: Any
+) -> ClipSize:
+    if isinstance(trained, LitGenerator):
+        return size_for(trained, run, source, **wanted)
+    size = run.choose_size(source, **wanted)
+    trained.config.latent_shape(*size)  # refuses what does not fit the strides
+    return size
+
+
 def _record(
     run: TrainedRun, findings: Findings, size: ClipSize, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -191,12 +201,7 @@ def evaluate(
     judge = judge or judge_beside(data)
     source = run.source(media=media_of(shards), path=data)
     trained = _load(run, tokenizer).to(choose_device(device))
-    if isinstance(trained, LitGenerator):
-        size = size_for(trained, run, source, num_frames=num_frames, image_size=image_size)
-    else:
-        size = run.choose_size(source, num_frames=num_frames, image_size=image_size)
-        trained.config.latent_shape(*size)  # refuses what does not fit the strides
-
+    size = _size(trained, run, source, num_frames=num_frames, image_size=image_size)
     held_out = open_held_out(
         shards,
         split=split,
