@@ -102,6 +102,7 @@ def test_batches_of_other_data_are_passed_over(other):
     assert checkpoint == {}
 
 
+@pytest.mark.scale
 def test_a_run_that_was_begun_without_one_begins_one_where_it_goes_on(digits: Path, tmp_path: Path):
     first, second = tmp_path / "first", tmp_path / "second"
     config = tokenizer_config(first, digits, callbacks=[checkpoints(first, 2)])

@@ -356,6 +356,7 @@ def test_processes_that_see_different_checkpoints_are_refused(tmp_path, module):
 # --- the command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.scale
 def test_a_run_goes_on_in_its_own_folder(digits, tmp_path, capsys):
     config = tokenizer_config(
         tmp_path,
