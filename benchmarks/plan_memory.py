@@ -48,6 +48,7 @@ ENCODER = {"width": 32, "layers": 1, "context_length": 16}
 def row(kind: str, batch: int, **rest: Any) -> dict[str, Any]:
     """Settings of one row, everything else being plain."""
     plain = {"optimizer": "adamw", "precision": "32-true", "ema": False, "micro_batches": 1}
+    plain["checkpointing"] = False
     return {"kind": kind, "batch": batch, **plain, "clip": 0.0, "changes": {}, **rest}
 
 
@@ -60,6 +61,8 @@ ROWS = {
     "text prefix adamw": row("text", 8),
     "text prefix adamw ema bf16": row("text", 8, ema=True, precision="bf16-mixed"),
     "text full muon": row("text", 8, optimizer="muon", changes={"attention": "full"}),
+    "text prefix checkpointing": row("text", 8, checkpointing=True),
+    "class bf16 checkpointing": row("class", 64, precision="bf16-mixed", checkpointing=True),
     "text full muon bf16 ema": row(
         "text", 8, optimizer="muon", precision="bf16-mixed", ema=True,
         changes={"attention": "full"},
@@ -75,7 +78,8 @@ def settings_of(row: dict[str, Any], tokenizer: str) -> dict[str, Any]:
     network = (CLASS if row["kind"] == "class" else TEXT) | row["changes"]
     text = {"text_encoder": ENCODER} if row["kind"] == "text" else {}
     optim = {"name": row["optimizer"]}
-    return {"generator": network, "tokenizer": tokenizer, "optim": optim, **text}
+    again = {"activation_checkpointing": row["checkpointing"]}
+    return {"generator": network, "tokenizer": tokenizer, "optim": optim, **text, **again}
 
 
 def prepare(folder: Path) -> None:
@@ -121,6 +125,7 @@ def predict(row: dict[str, Any], folder: Path) -> int:
         clip=row["clip"],
         micro_batches=row["micro_batches"],
         has_average=row["ema"],
+        is_checkpointed=row["checkpointing"],
     )
     return rehearsal.measure(sizes, settings).peak
 

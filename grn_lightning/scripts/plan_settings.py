@@ -196,11 +196,6 @@ def as_training(
     encoder = model["init_args"].get("text_encoder") or {}
     length = encoder.get("context_length") or text_tokens
     callbacks = [entry["class_path"] for entry in trainer.get("callbacks") or []]
-    devices = trainer.get("devices")
-    world = None
-    if isinstance(devices, int) and devices > 0 or isinstance(devices, list):
-        number = devices if isinstance(devices, int) else len(devices)
-        world = number * int(trainer.get("num_nodes") or 1)
     step = StepSettings(
         precision=str(trainer.get("precision") or "32-true"),
         clip=float(trainer.get("gradient_clip_val") or 0.0),
@@ -217,9 +212,21 @@ def as_training(
         token_budget=data["init_args"].get("token_budget"),
         step=step,
         strategy=strategy,
-        world_size=world,
+        world_size=_world_size(trainer),
         max_steps=int(trainer.get("max_steps") or -1),
     )
+
+
+def _world_size(trainer: dict[str, Any]) -> int | None:
+    """Processes over all machines; None if they are to be counted where it runs."""
+    devices = trainer.get("devices")
+    if isinstance(devices, list):
+        number = len(devices)
+    elif str(devices).isdigit():  # the parser leaves a number of the command line a text
+        number = int(str(devices))
+    else:
+        return None
+    return number * int(trainer.get("num_nodes") or 1)
 
 
 def trained_tokenizer(path: str) -> TokenizerConfig | None:

@@ -17,7 +17,9 @@ from grn_lightning.lit.strategies import STRATEGIES
 from grn_lightning.models.costs import class_flops, text_flops
 from grn_lightning.models.grn_class import GRNClassConfig
 from grn_lightning.models.grn_text import GRNTextConfig
+from grn_lightning.models.variants import TOKENIZERS
 from grn_lightning.scripts.plan import Plan, PlanConfig, plan
+from grn_lightning.scripts.plan_settings import as_training, read_settings
 from grn_lightning.scripts.plan_strategies import PLANNED, device_memory, planned_name
 from tests.tiny_runs import TINY_CLASS, TINY_TEXT, callback, generator_config, write_yaml
 
@@ -116,6 +118,22 @@ def test_packs_have_their_budget_of_tokens(tmp_path: Path) -> None:
     flops = text_flops(config, 256, 9, is_text_trained=True)
     assert result.speed.flops_per_step == pytest.approx(2 * flops.total)
     assert "packs of 600 tokens" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        (["trainer.devices=8", "trainer.num_nodes=4"], 32),
+        (["trainer.devices=[0,2]"], 2),
+        (["trainer.devices=auto"], None),
+    ],
+)
+def test_devices_are_those_of_the_files(
+    tmp_path: Path, words: list[str], number: int | None
+) -> None:
+    settings = read_settings([str(_file(tmp_path, "class")), *words])
+    tokenizer = TOKENIZERS["digits"]
+    assert as_training(settings, tokenizer).world_size == number
 
 
 # --- what does not fit ----------------------------------------------------------------------------
