@@ -95,9 +95,9 @@ def _commands_page() -> str:
     from grn_lightning.cli import TOOLS
 
     lines = ["# Commands", "", "`grn COMMAND --help` says the same in a terminal.", ""]
-    for tool, about in TOOLS.items():
+    for tool in TOOLS:
         name = tool.replace(" ", "_")
-        lines += [f"## grn {tool}", "", f"{about}", "", f"::: grn_lightning.scripts.{name}.{name}"]
+        lines += [f"## grn {tool}", "", f"::: grn_lightning.scripts.{name}.{name}"]
         lines += ["    options: {show_root_heading: false, show_root_toc_entry: false}", ""]
     return "\n".join(lines)
 
