@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -57,7 +57,16 @@ class OwnPart:
         if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
             part = own_part(tensor.to(parameter.device), parameter)
             return part.to_local()  # type: ignore[attr-defined]
+        if hasattr(parameter, "ds_id") and tensor.shape == parameter.ds_shape:
+            return _stretch(tensor, parameter.ds_tensor.numel())
         return tensor
+
+
+def _stretch(whole: Tensor, length: int) -> Tensor:
+    """Return this process's stretch of a tensor, as ZeRO's stage 3 cuts it."""
+    start = length * distributed.get_rank()
+    part = whole.flatten()[start : start + length]
+    return nn.functional.pad(part, (0, length - len(part)))
 
 
 def own_parts(network: nn.Module, prefixes: tuple[str, ...]) -> dict[str, OwnPart]:

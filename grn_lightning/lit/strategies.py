@@ -16,7 +16,7 @@ read by everything that reads one. What a strategy cannot do is refused before t
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.strategies.model_parallel import _load_raw_module_state
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import (
@@ -34,7 +35,14 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from grn_lightning.lit.checkpoints import read_checkpoint
 from grn_lightning.lit.parts import blocks_of
@@ -222,18 +230,11 @@ class FSDP(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: Whether a checkpoint is a folder to which every process writes
             its part; else the first one gathers everything and writes one file.
-        offload: Keep weights and optimizer's state in the memory of the host.
         timeout: How long a process waits for the others.
     """
 
-    def __init__(
-        self,
-        save_distributed_checkpoint: bool = True,
-        offload: bool = False,
-        timeout: timedelta = PATIENCE,
-    ):
+    def __init__(self, save_distributed_checkpoint: bool = True, timeout: timedelta = PATIENCE):
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, timeout=timeout)
-        self.offload = offload
 
     def setup_environment(self) -> None:
         """Start the processes; all of them share the data, none a matrix product.
@@ -259,19 +260,10 @@ class FSDP(ModelParallelStrategy):
         super().setup(trainer)
 
     def _divide(self, network: nn.Module) -> None:
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            FSDPModule,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
-
-        options: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}
-        if self.offload:
-            options["offload_policy"] = CPUOffloadPolicy()
+        mesh = self.device_mesh["data_parallel"]
         for part in (*blocks_of(network), network):
             if not isinstance(part, FSDPModule):
-                fully_shard(part, **options)
+                fully_shard(part, mesh=mesh)
         for name in WAYS_IN:
             if hasattr(network, name):
                 register_fsdp_forward_method(network, name)
@@ -328,13 +320,48 @@ class FSDP(ModelParallelStrategy):
                 f"'{path}' was written by DeepSpeed: go on with its strategy, or start from its "
                 "weights by `model.init_from`."
             )
-        if layout_of(path) == "fsdp":
-            require_whole(path)
+        if layout_of(path) == "file":
+            return self._read_file(path)
+        require_whole(path)
         checkpoint = super().load_checkpoint(path, weights_only=True)
         state = checkpoint.get("callbacks", {}).get(EMA_STATE)
-        if state is not None and layout_of(path) == "fsdp":
+        if state is not None:
             state["shadows"] = self._read_shadows(path)
         return checkpoint
+
+    def _read_file(self, path: Path) -> dict[str, Any]:
+        """Divide the weights and moments that one process, DDP or `fsdp_full` has written."""
+        module, [optimizer] = self.lightning_module, self.optimizers
+        assert module is not None
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        _load_raw_module_state(checkpoint.pop("state_dict"), module, strict=module.strict_loading)
+        set_optimizer_state_dict(
+            module,
+            optimizer,
+            by_name(checkpoint["optimizer_states"][0], self._names_of(optimizer)),
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+        )
+        return checkpoint
+
+    def _names_of(self, optimizer: Optimizer) -> list[str]:
+        """Return the names of an optimizer's parameters, in its order."""
+        assert self.lightning_module is not None
+        names = {id(p): name for name, p in self.lightning_module.named_parameters()}
+        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return the state to be stored: this process's part, or on the first process all of it.
+
+        Lightning would number the parameters of a whole state in the order of the module, where
+        every other strategy numbers them in the order of the optimizer.
+        """
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning has wrapped it
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.lightning_module, optimizer, options=options)
+        return by_number(state) if self.is_global_zero else {}
 
     def _read_shadows(self, path: Path) -> dict[str, Tensor]:
         """Read this process's part of the average."""
@@ -357,9 +384,34 @@ class FSDP(ModelParallelStrategy):
         """Load whole weights; those of a training have been loaded before."""
         assert self.lightning_module is not None
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
-            from lightning.fabric.strategies.model_parallel import _load_raw_module_state
-
             _load_raw_module_state(checkpoint["state_dict"], self.lightning_module, strict=strict)
+
+
+def by_number(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Call the parameters of an optimizer's state by their number, as one process does.
+
+    Args:
+        state: `state` and `param_groups`, with names of parameters.
+    """
+    groups = state["param_groups"]
+    numbers = {n: i for i, n in enumerate(name for group in groups for name in group["params"])}
+    return {
+        "state": {numbers[name]: moments for name, moments in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [numbers[name] for name in group["params"]]} for group in groups
+        ],
+    }
+
+
+def by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Call the parameters of an optimizer's state by their names; undoes `by_number`."""
+    groups = state["param_groups"]
+    return {
+        "state": {names[number]: moments for number, moments in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in groups
+        ],
+    }
 
 
 # --- what does not go together --------------------------------------------------------------------

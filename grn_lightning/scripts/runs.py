@@ -153,7 +153,11 @@ def _open_export(path: Path) -> TrainedRun:
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, as `sha256sum` prints it."""
+    """Return the SHA-256 of a file, as `sha256sum` prints it; of a folder that of such a list."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = [f"{file_hash(file)}  {file.relative_to(path)}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
