@@ -11,7 +11,7 @@ from grn_lightning.metrics import DigitJudge, Measurement, ReferenceStatistics
 from grn_lightning.metrics.protocols import metric_name
 from grn_lightning.scripts.asking import Asked, what_to_ask
 from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan, fingerprint
-from grn_lightning.scripts.opening import Opened, open_drawer
+from grn_lightning.scripts.opening import open_drawer
 from grn_lightning.scripts.parts import do_parts, settle_plan
 from grn_lightning.scripts.records import (
     Figure,
@@ -23,7 +23,7 @@ from grn_lightning.scripts.records import (
     now,
     read_evaluations,
 )
-from grn_lightning.scripts.runs import choose_device, file_hash
+from grn_lightning.scripts.runs import TrainedRun, choose_device, file_hash
 from grn_lightning.scripts.sample_features import Extracted, FeatureJob, FeatureSource
 from grn_lightning.scripts.sample_scores import Compared, costs, measure, shares
 
@@ -128,18 +128,18 @@ def _as_figures(measurements: Sequence[Measurement]) -> list[Figure]:
 
 def _record(
     job: FeatureJob,
-    opened: Opened,
+    run: TrainedRun | None,
     compared: Sequence[Compared],
     report: SetReport,
     rest: dict[str, Any],
 ) -> dict[str, Any]:
     """Return all that is needed to repeat the numbers, and the numbers."""
-    plan, run, count = job.plan, opened.run, len(job.asked.values)
+    plan, count = job.plan, len(job.asked.values)
     about = f"{count} samples, {job.asked.origin}, {plan.size} pixels"
     return {
         "about": about,
         "stage": "generator",
-        **opened.facts(),
+        "checkpoint": plan.recipe.checkpoint,
         "step": 0 if run is None else run.step,
         "samples_seen": 0 if run is None else run.samples_seen,
         "weights": plan.recipe.weights,
@@ -256,13 +256,14 @@ def evaluate_samples(
 
     rest = {"part_size": part_size, "judge": None if judge is None else file_hash(judge)}
     facts = _facts(plan, asked, compared, rest)
-    if opened.run is not None:
-        read_evaluations(opened.run.folder)  # refuses what the result could not be added to
-    folder = out or _default_folder(opened, facts)
+    run, origin = opened.run, opened.facts()
+    if run is not None:
+        read_evaluations(run.folder)  # refuses what the result could not be added to
+    folder = out or _default_folder(run, facts)
     settle_plan(folder, facts)
     sources = [one.features.source for one in compared]
     job = FeatureJob(folder, plan, asked, sources, judge, part_size, keep_samples)
-    opened.pipeline.to("cpu")  # every process opens its own
+    del opened  # every process opens its own
     if not do_parts(job, devices=config.devices, device=config.device):
         return None
 
@@ -277,10 +278,11 @@ def evaluate_samples(
     )
     record = _record(
         job,
-        opened,
+        run,
         compared,
         report,
         {
+            **origin,
             "plan": facts,
             "command": command_line(evaluate_samples, given),
             "date": date,
@@ -290,11 +292,11 @@ def evaluate_samples(
         },
     )
     write_json(report.file, record)
-    if opened.run is not None:
-        add_evaluation(opened.run.folder, record)
+    if run is not None:
+        add_evaluation(run.folder, record)
     return report
 
 
-def _default_folder(opened: Opened, facts: dict[str, Any]) -> Path:
-    parent = Path("runs") if opened.run is None else opened.run.folder
+def _default_folder(run: TrainedRun | None, facts: dict[str, Any]) -> Path:
+    parent = Path("runs") if run is None else run.folder
     return parent / "evaluation" / f"samples-{fingerprint(facts)}"

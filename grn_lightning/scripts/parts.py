@@ -142,8 +142,22 @@ def device_of(name: str, number: int) -> torch.device:
 # --- doing it -------------------------------------------------------------------------------------
 
 
-def _do_parts(job: PartJob, rank: Rank, device: torch.device, progress: Progress) -> None:
-    """Do parts that nobody is at; the first process stays until all are done."""
+def _do_parts(
+    job: PartJob,
+    rank: Rank,
+    device: torch.device,
+    progress: Progress,
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Do parts that nobody is at; the first process stays until all are done.
+
+    Args:
+        job: What is to be done.
+        rank: Who this process is.
+        device: Where it works.
+        progress: Told how many samples more this process has done.
+        look: Called now and then, to see what others have done.
+    """
     counts = job.samples_per_part
     first = rank.number * len(counts) // rank.of
     order = [*range(first, len(counts)), *range(first)]
@@ -160,22 +174,28 @@ def _do_parts(job: PartJob, rank: Rank, device: torch.device, progress: Progress
                     do(number, progress)
                     is_idle = False
                 claims.drop(number)
+                look()
             if rank.number > 0:
                 return
+            look()
             if is_idle:
                 time.sleep(_POLL_SECONDS)
     finally:
         claims.close()
 
 
+def _done(job: PartJob) -> int:
+    """Return the samples of all parts that are there."""
+    return sum(count for number, count in enumerate(job.samples_per_part) if job.has(number))
+
+
 @contextmanager
-def _bar(job: PartJob) -> Iterator[Any]:
+def _bar(job: PartJob, *, is_shown: bool = True) -> Iterator[Any]:
     """Show how many samples are done; an interrupted job begins where it was."""
-    counts = job.samples_per_part
-    done = sum(count for number, count in enumerate(counts) if job.has(number))
     with tqdm(
-        total=sum(counts),
-        initial=done,
+        total=sum(job.samples_per_part),
+        initial=_done(job),
+        disable=not is_shown,
         desc=job.title,
         unit="sample",
         bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
@@ -189,8 +209,15 @@ def _advance(bar: Any, to: float) -> None:
 
 
 def _alone(job: PartJob, rank: Rank, device: torch.device) -> None:
-    with _bar(job) as bar:
-        _do_parts(job, rank, device, lambda samples: _advance(bar, bar.n + samples))
+    with _bar(job, is_shown=rank.number == 0) as bar:
+
+        def progress(samples: float) -> None:
+            _advance(bar, bar.n + samples)
+
+        def look() -> None:
+            _advance(bar, max(bar.n, _done(job)))
+
+        _do_parts(job, rank, device, progress, look)
 
 
 def _one_of_many(job: PartJob, rank: Rank, device: str, threads: int, counters: Any) -> None:
@@ -294,14 +321,14 @@ def settle_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         ValueError: If something else is being done there, or it holds other files.
     """
     file = folder / _PLAN_FILE
-    if not file.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(
-                f"`out` must be new, empty, or the folder of the same command, '{folder}' is not."
-            )
+    # In this order: of several processes one may have written it, and begun, a moment ago.
+    if (is_taken := _holds_others(folder)) and not file.is_file():
+        raise ValueError(
+            f"`out` must be new, empty, or the folder of the same command, '{folder}' is not."
+        )
+    if not is_taken and not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, plan)
-        return
     stored = json.loads(file.read_text(encoding="utf-8"))
     differences = _differences(stored, json.loads(json.dumps(plan)))
     if differences:
@@ -309,6 +336,15 @@ def settle_plan(folder: Path, plan: Mapping[str, Any]) -> None:
             f"'{folder}' holds parts that were made otherwise (there, now): "
             f"{'; '.join(differences)}. Go on as it was begun, or give another `--out`."
         )
+
+
+def _holds_others(folder: Path) -> bool:
+    """Whether there is something else than a plan, or one that is being written."""
+    if not folder.exists():
+        return False
+    return not folder.is_dir() or any(
+        not one.name.startswith(_PLAN_FILE) for one in folder.iterdir()
+    )
 
 
 def _differences(first: Any, second: Any, name: str = "") -> list[str]:

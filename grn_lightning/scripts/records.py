@@ -23,7 +23,16 @@ EVALUATION_FILE = "evaluation.json"
 """Name of a run's list of evaluations."""
 
 _FORMAT = 1
-_PACKAGES = ("grn-lightning", "torch", "lightning", "torchmetrics", "open-clip-torch", "av")
+_PACKAGES = (
+    "grn-lightning",
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "torch-fidelity",
+    "open-clip-torch",
+    "av",
+)
 _PERCENT = "%"
 
 
