@@ -8,7 +8,14 @@ import torch
 
 from grn_lightning.lit.optim import OptimConfig, own_part, whole_tensor
 from grn_lightning.lit.parts import OwnPart, blocks_of, checkpoint_blocks, own_parts
-from grn_lightning.lit.strategies import FSDP, STRATEGIES, named_strategy, refuse_unfit
+from grn_lightning.lit.strategies import (
+    FSDP,
+    STRATEGIES,
+    by_name,
+    by_number,
+    named_strategy,
+    refuse_unfit,
+)
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig, TextCondition
 from tests.tiny_runs import TINY_CLASS, TINY_TEXT, call_grn, tokenizer_config, write_yaml
@@ -93,6 +100,21 @@ def test_names_are_ours_or_left_alone():
         assert named_strategy(other) is other
     given = FSDP()
     assert named_strategy(given) is given
+
+
+def test_moments_are_numbered_in_the_order_of_the_optimizer():
+    network = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW([{"params": [network.bias]}, {"params": [network.weight]}])
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state, names = optimizer.state_dict(), ["bias", "weight"]
+    named = by_name(state, names)
+    for name, parameter in network.named_parameters():
+        assert named["state"][name]["exp_avg"].shape == parameter.shape
+    assert [group["params"] for group in named["param_groups"]] == [["bias"], ["weight"]]
+    again = by_number(named)
+    assert again["param_groups"] == state["param_groups"]
+    assert again["state"].keys() == state["state"].keys()
 
 
 class OneOptimizer(L.LightningModule):
