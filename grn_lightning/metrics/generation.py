@@ -25,6 +25,7 @@ GENERATION_METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
 """Metrics of `GenerationMetrics`, in the order in which they are told."""
 
 _KEPT = ("kid", "precision", "recall")  # need features themselves
+_KEPT_REAL = 10_000  # real ones that ADM takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,20 @@ class GenerationConfig:
     """Which numbers."""
     frames_per_sample: int = 1
     """Pictures that a sample shows to an extractor of pictures; each counts as one."""
-    kept_features: int = 10_000
-    """Features kept of each set for KID, precision and recall; 8 kB each with Inception."""
+    kept_features: int = 50_000
+    """Features kept of each set for KID, precision and recall, at most; 8 kB each with Inception.
+    Precision and recall depend on how many there are: ADM takes 50,000 samples and 10,000 real."""
     kid_subsets: int = 100
     """Subsets that KID is averaged over."""
     kid_subset_size: int = 1000
     """Samples of each set in a subset of KID; fewer if there are not so many."""
     num_neighbours: int = 3
     """Neighbour that makes the radius of precision and recall."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures that will come, over all processes."""
+        return self.num_samples * self.frames_per_sample
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured, with all reasons."""
@@ -126,11 +133,13 @@ class GenerationMetrics(nn.Module):
         elif "is" in wanted:
             found["logits"] = InceptionScore(
                 int(classes),
-                num_samples=config.num_samples * config.frames_per_sample,
+                num_samples=config.num_pictures,
                 convention=CONVENTIONS.get(self.protocol.features, CONVENTIONS["torch_fidelity"]),
             )
         if set(_KEPT) & set(wanted):
-            found["kept"] = FeatureReservoir(self.num_features, capacity=config.kept_features)
+            found["kept"] = FeatureReservoir(
+                self.num_features, capacity=min(config.kept_features, config.num_pictures)
+            )
         return found
 
     def _real_summaries(self) -> dict[str, Metric]:
@@ -146,11 +155,13 @@ class GenerationMetrics(nn.Module):
                 continue
             if reference is not None and name == "kept" and reference.features is not None:
                 continue
-            like: Any = self.samples[name]
             if name == "kept":
-                found[name] = FeatureReservoir(like.num_features, capacity=like.capacity)
+                # There may be more of them than samples, but nobody needs very many more.
+                capacity = max(_KEPT_REAL, self.config.num_pictures)
+                capacity = min(capacity, self.config.kept_features)
+                found[name] = FeatureReservoir(self.num_features, capacity=capacity)
             else:
-                found[name] = FeatureSums(like.num_features)
+                found[name] = FeatureSums(_summary(self.samples, name).num_features)
         return found
 
     # --- samples ----------------------------------------------------------------------------------

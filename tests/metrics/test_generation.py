@@ -137,6 +137,14 @@ def test_every_number_says_how_many_samples_it_is_of(drawn: Tensor, real: Tensor
     assert "30 real ones" in found[4].caveats[0]
 
 
+def test_no_more_room_is_kept_than_there_are_samples() -> None:
+    metrics = GenerationMetrics(Colours(), GenerationConfig(num_samples=60, frames_per_sample=2))
+    assert metrics.samples["kept"].capacity == 120
+    assert metrics.real["kept"].capacity == 10_000
+    many = GenerationConfig(num_samples=90_000)
+    assert GenerationMetrics(Colours(), many).real["kept"].capacity == 50_000
+
+
 def test_split_over_processes_or_stopped_it_is_one_set(drawn: Tensor, real: Tensor) -> None:
     whole = judged(drawn, real)
     ranks = [GenerationMetrics(Colours(), CONFIG) for _ in range(2)]
