@@ -143,14 +143,18 @@ def go_on_in_place(trainer: L.Trainer, saved: Saved) -> None:
     name. A logger that has a version of its own keeps it.
     """
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-    is_first_process = trainer.node_rank == trainer.local_rank == 0
     for logger in trainer.loggers:
         _take_version(logger, saved.path)
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs.setdefault("purge_step", saved.step)
         table = Path(logger.log_dir) / CSV_TABLE if isinstance(logger, CSVLogger) else None
-        if is_first_process and table is not None and table.is_file():
+        if _is_first_process(trainer) and table is not None and table.is_file():
             table.rename(free_name(table))
+
+
+def _is_first_process(trainer: L.Trainer) -> bool:
+    """Whether this process is the one that tells, before they know each other."""
+    return trainer.node_rank == trainer.local_rank == 0
 
 
 def _take_version(logger: Logger, checkpoint: Path) -> None:
@@ -262,15 +266,21 @@ def choose(mode: str | None, trainer: L.Trainer, module: L.LightningModule) -> S
         )
     if found.newest is None and not is_auto:
         raise ValueError(f"`resume`: there is no checkpoint under {names}.")
-    if found.newest is None:
-        LOG.info("resume: no checkpoint under %s yet, so the run begins.", names)
-        return None
+    if found.newest is not None:
+        refuse_other_strategy(found.newest.path, trainer)
+    if _is_first_process(trainer):
+        _tell(found, names, trainer)
+    return found.newest
+
+
+def _tell(found: Survey, names: str, trainer: L.Trainer) -> None:
     for path, reason in found.skipped:
         LOG.warning("resume: skipped '%s', which %s.", path, reason)
-    saved = found.newest
-    refuse_other_strategy(saved.path, trainer)
-    LOG.info("resume: goes on from '%s', %s.", saved.path, _standing(saved, trainer))
-    return saved
+    if found.newest is None:
+        LOG.info("resume: no checkpoint under %s yet, so the run begins.", names)
+    else:
+        where = _standing(found.newest, trainer)
+        LOG.info("resume: goes on from '%s', %s.", found.newest.path, where)
 
 
 def _standing(saved: Saved, trainer: L.Trainer) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from grn_lightning.lit.callbacks import Checkpoint, StopOnSignal
 from grn_lightning.lit.callbacks import stop as stopping
+from grn_lightning.lit.callbacks.keys import STATE
 from grn_lightning.lit.callbacks.stop import Stopped
-from tests.tiny_runs import call_grn, callback, tokenizer_config, write_yaml
+from tests.tiny_runs import call_grn, callback, kill, start_grn, tokenizer_config, write_yaml
+
+PATIENCE_SECONDS = 120
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),
@@ -183,6 +187,33 @@ def test_a_process_of_a_loader_ends_as_ever(tmp_path):
         signal.signal(signal.SIGUSR2, before)
     assert ended == [signal.SIG_DFL, "default"]
     assert listener.received == 0
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("told", ["first", "second"])
+def test_two_processes_stop_behind_the_same_step(digits, tmp_path, told):
+    config = tokenizer_config(
+        tmp_path,
+        digits,
+        callbacks=[callback("Checkpoint", dirpath=str(tmp_path), every_n_train_steps=2)],
+        trainer={"max_steps": 1_000_000, "devices": 2, "strategy": "ddp"},
+    )
+    log = tmp_path / "output.txt"
+    process = start_grn("fit", "-c", write_yaml(tmp_path, config), log=log)
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not list(tmp_path.glob("*step=*.ckpt")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(process.pid if told == "first" else int(children[0]), signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 143, log.read_text()
+    finally:
+        kill(process)
+    assert log.read_text().count("grn: SIGTERM: stopped after step") == 1
+    state = saved(tmp_path)
+    assert state["samples_seen"] == state[STATE]["num_samples"] == state["global_step"] * 8
 
 
 # --- SLURM ----------------------------------------------------------------------------------------
