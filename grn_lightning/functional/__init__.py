@@ -48,7 +48,9 @@ from grn_lightning.functional.corruption import random_codes as random_codes
 from grn_lightning.functional.distances import frechet_distance as frechet_distance
 from grn_lightning.functional.distances import is_within_radii as is_within_radii
 from grn_lightning.functional.distances import neighbour_radii as neighbour_radii
-from grn_lightning.functional.distances import polynomial_kernel_distance as polynomial_kernel_distance
+from grn_lightning.functional.distances import (
+    polynomial_kernel_distance as polynomial_kernel_distance,
+)
 from grn_lightning.functional.diversity import pairwise_difference as pairwise_difference
 from grn_lightning.functional.guidance import GUIDANCE_SCHEDULES as GUIDANCE_SCHEDULES
 from grn_lightning.functional.guidance import guidance_scale_at as guidance_scale_at
