@@ -36,7 +36,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.scale
-@pytest.mark.parametrize("args", FITS, ids=lambda args: args[4])
+@pytest.mark.parametrize("args", FITS[1:], ids=lambda args: args[4])
 def test_its_commands_are_taken(args, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
