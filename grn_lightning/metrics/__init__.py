@@ -1,4 +1,4 @@
-"""Judges: reconstruction, code usage, Frechet distances, and the digits of the embedded set."""
+"""Judges: reconstruction, code usage, sets of samples by a protocol, the embedded digits."""
 
 from grn_lightning.metrics.codes import CodeAlarms as CodeAlarms
 from grn_lightning.metrics.codes import CodeReport as CodeReport

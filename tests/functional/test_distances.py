@@ -61,8 +61,8 @@ def test_the_kernel_distance_equals_another_implementation() -> None:
 
 
 def test_the_kernel_distance_is_unbiased() -> None:
-    values = torch.stack([polynomial_kernel_distance(*torch.randn(2, 30, 6)) for _ in range(400)])
-    assert values.mean().abs() < 4 * values.std() / 20
+    values = torch.stack([polynomial_kernel_distance(*torch.randn(2, 30, 6)) for _ in range(144)])
+    assert values.mean().abs() < 4 * values.std() / 12
     assert (values < 0).double().mean() > 0.3
 
 
