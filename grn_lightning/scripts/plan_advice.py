@@ -98,15 +98,19 @@ def advise(
         sizes = max((s.sizes for s in training.sources), key=lambda one: _pixels(one.samples, one))
         again = replace(training.step, is_checkpointed=True)
         steps[True] = rehearsal.measure(sizes, again)
-    blocks, found = rehearsal.blocks(), []
+    blocks, found, kinds = rehearsal.blocks(), list[Advice](), set[tuple[str, bool]]()
     variants = sorted(
         _variants(choice, world_size, rehearsal.optim.name), key=lambda one: one.slowness
     )
     for variant in variants:
+        kind = (variant.strategy, variant.is_checkpointed)
+        if kind in kinds:  # smaller parts than are needed
+            continue
         smaller = _scaled(steps[variant.is_checkpointed], variant.parts)
         memory = device_memory(smaller, variant.strategy, world_size, blocks)
         if memory.peak <= device.usable:
             found.append(Advice(_changes(variant, choice), memory.peak))
+            kinds.add(kind)
         if len(found) == _MOST:
             break
     return tuple(found)
