@@ -18,7 +18,7 @@ FIT = $(GRN) fit $(addprefix -c ,$(BASE)) -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup data train-tokenizer train-c2i train-t2i train-t2v sample evaluate tensorboard
-.PHONY: demo test test-scale lint check format
+.PHONY: demo notebooks docs tables test test-scale lint check format
 
 help: ## list the targets
 	@printf 'make TARGET [CONFIG=experiment.yaml] [ARGS="--trainer.max_steps=20"]\n\n'
@@ -81,6 +81,15 @@ demo: data ## digits to captioned video: train both stages, judge them, write a 
 	$(GRN) evaluate $(RUNS)/t2v-digits $(DIGITS)/clips $(DRAW)
 	$(GRN) report '[$(RUNS)/tokenizer-digits, $(RUNS)/t2v-digits]' --out $(RUNS)/demo/report.html
 	@printf '\nThe report is %s; open it in a browser.\n' '$(RUNS)/demo/report.html'
+
+notebooks: setup ## run all notebooks, with pictures to runs/notebooks/*.html
+	$(VENV)/bin/jupyter nbconvert --execute --to html --output-dir $(RUNS)/notebooks notebooks/*.ipynb
+
+docs: setup ## build the documentation site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+tables: setup ## make the tables of the pages from experiments, sizes and results
+	$(VENV)/bin/python docs/_tables.py
 
 # --- checks -------------------------------------------------------------------------------------
 
