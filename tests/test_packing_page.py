@@ -6,10 +6,8 @@ from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
-import pytest
 import yaml
 
-from grn_lightning.cli import main
 from grn_lightning.lit.generator import CorruptionConfig, LitGenerator
 from grn_lightning.lit.packed import PackedShardData, PackedSource
 from grn_lightning.lit.packed_step import LOSS_WEIGHTS
@@ -63,14 +61,3 @@ def test_the_arms_of_its_benchmark_agree(monkeypatch, capsys):
         "padded",
         "padded, sorted",
     ]
-
-
-def test_its_experiment_resolves(monkeypatch, capsys):
-    (file,) = set(re.findall(r"CONFIG=(\S+)", PAGE))
-    arguments = ["-c", str(ROOT / "experiments/_base/cpu.yaml"), "-c", str(ROOT / file)]
-    monkeypatch.setattr(sys, "argv", ["grn", "fit", *arguments, "--print_config"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["data"]["init_args"]["token_budget"] == 1024

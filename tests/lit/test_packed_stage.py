@@ -429,6 +429,7 @@ def test_a_resumed_packed_run_is_the_run_that_never_stopped(digits, tokenizer_ru
     assert losses[1] == {step: x for step, x in losses[0].items() if step >= 4}
 
 
+@pytest.mark.scale
 def test_a_packed_run_learns(digits, tokenizer_run, tmp_path):
     config = packed_config(tmp_path, digits, tokenizer_run, max_steps=40)
     config["trainer"]["callbacks"] = [callback("Preflight")]
