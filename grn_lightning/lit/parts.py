@@ -2,15 +2,13 @@
 
 A plain parameter is held whole. FSDP makes it a `DTensor` whose local part is this process's. ZeRO
 stage 3 leaves an empty parameter whose `ds_tensor` is this process's stretch of it, flat, the last
-one padded. Below stage 3 weights are whole, but where they are not float32 the true ones are copies
-in the optimizer.
+one padded; below stage 3 weights are whole.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -36,19 +34,12 @@ class OwnPart:
         return whole.to_local() if isinstance(whole, DTensor) else whole
 
     def master(self) -> Tensor:
-        """Return what the optimizer moves, float32 where it keeps such a copy.
-
-        Below ZeRO's stage 3 this is a collective call if the weights are not float32.
-        """
+        """Return what the optimizer moves; ZeRO's stage 3 has a copy of its own."""
         parameter = self.parameter
         if hasattr(parameter, "ds_id") and hasattr(parameter, "_z3_optimizer"):
             from deepspeed.utils import safe_get_local_fp32_param
 
             return safe_get_local_fp32_param(parameter).detach()
-        if hasattr(parameter, "_hp_mapping") and parameter.dtype != torch.float32:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            return safe_get_full_fp32_param(parameter).detach()
         return self.weights().detach()
 
     def cut(self, tensor: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class ZeroAutocast(DeepSpeedPrecision):
     """What `bf16-mixed` means everywhere else: float32 weights, bfloat16 where autocast says so.
 
     DeepSpeed's engine switches autocast on; Lightning's own reading of the name would cast the
-    weights, which is what `bf16-true` is for.
+    weights.
     """
 
     def __init__(self) -> None:
@@ -181,6 +181,13 @@ class ZeRO(DeepSpeedStrategy):
             model = self.precision_plugin.convert_module(self.model)
             deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
         super().setup(trainer)
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute gradients; Lightning has divided the loss by the batches that add up already.
+
+        DeepSpeed would do so once more, and clip at a multiple of `gradient_clip_val`.
+        """
+        return super().backward(closure_loss, *args, scale_wrt_gas=False, **kwargs)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
@@ -430,6 +437,11 @@ def refuse_unfit(strategy: Strategy, module: L.LightningModule | None) -> None:
         raise ValueError(
             f"{name} trains with one optimizer, and {type(module).__name__} has one for each "
             "player; set `trainer.strategy: ddp`."
+        )
+    if (precision := strategy.precision_plugin.precision) not in ("32-true", "bf16-mixed"):
+        raise ValueError(
+            f"{name} trains float32 weights, got `trainer.precision: {precision}`; take "
+            "bf16-mixed, which computes in bfloat16, or 32-true."
         )
     optim = getattr(module, "optim", None)
     if isinstance(strategy, ZeRO) and getattr(optim, "name", None) == "muon":

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 
 from grn_lightning.lit.optim import OptimConfig, own_part, whole_tensor
 from grn_lightning.lit.parts import OwnPart, blocks_of, checkpoint_blocks, own_parts
@@ -130,6 +131,10 @@ def test_what_fsdp_cannot_do_is_refused(digits, tmp_path, capsys):
     with pytest.raises(ValueError, match="FSDP trains with one optimizer, and OneOptimizer"):
         refuse_unfit(FSDP(), module)
     refuse_unfit(named_strategy("auto"), module)
+    module.automatic_optimization, cast = True, FSDP()
+    cast.precision_plugin = HalfPrecision("bf16-true")
+    with pytest.raises(ValueError, match="FSDP trains float32 weights, got .*bf16-true`; take"):
+        refuse_unfit(cast, module)
     file = write_yaml(tmp_path, tokenizer_config(tmp_path, digits, trainer={"strategy": "fsdp"}))
     sentences = {
         "fit": "the tokenizer stage: strategy FSDP takes a single optimizer; set",
