@@ -313,7 +313,8 @@ class DigitJudge(nn.Module):
                 f"{path} must hold a judge {cls.name!r} of format {_FORMAT}, got "
                 f"{metadata or 'no such metadata'}; fit a judge anew and save it."
             )
-        judge = cls(digit_size=metadata["digit_size"])
+        with torch.random.fork_rng(devices=[]):  # else a judge would change what starts after it
+            judge = cls(digit_size=metadata["digit_size"])
         judge.load_state_dict(weights)
         judge.network = f"{cls.name}-{short_hash(Path(path))}"
         return judge.freeze()

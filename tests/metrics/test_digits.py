@@ -191,7 +191,9 @@ def test_a_fit_depends_on_its_arguments_alone(judge: DigitJudge) -> None:
 
 def test_a_saved_judge_says_the_same(judge: DigitJudge, tmp_path: Path) -> None:
     judge.save(tmp_path / "judge.safetensors")
+    state = torch.get_rng_state()
     loaded = DigitJudge.load(tmp_path / "judge.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)  # nothing that starts later is another
     clips = draw(scans().held_out[:10])
     assert torch.equal(loaded.log_probs(clips), judge.log_probs(clips))
     assert loaded.digit_size == judge.digit_size
