@@ -77,7 +77,7 @@ FOLDERS = [name for name in CASES if name not in ("ddp", "fsdp_full")]
 
 
 def run(folder: Path, digits: Path, tokenizer: Path, *, devices: int, **rest: Any) -> Path:
-    """Write the settings of a run on batches of eight samples in all."""
+    """Write the settings of a run: an update of two batches, eight samples in all."""
     saved = checkpoints(rest.pop("saved_to", folder), 2)
     more = rest.pop("callbacks", [])
     optim = {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.95]}
@@ -86,12 +86,13 @@ def run(folder: Path, digits: Path, tokenizer: Path, *, devices: int, **rest: An
         digits,
         tokenizer,
         kind="text",
-        sources=[source(digits, "video", 8 // devices)],
+        sources=[source(digits, "video", 4 // devices)],
         init_args={"optim": optim, "corruption": {"condition_dropout": 0.5}} | rest.pop("init", {}),
         callbacks=[callback("EMA", decay=0.9), saved, *more],
         trainer={
             "max_steps": STEPS,
-            "val_check_interval": 1,
+            "accumulate_grad_batches": 2,
+            "val_check_interval": 2,  # batches
             "gradient_clip_val": 0.5,  # shortens some of the gradients
             "devices": devices,
             **rest,
