@@ -103,8 +103,17 @@ def test_functions_are_short() -> None:
 def test_nothing_of_a_stranger_is_unpickled(path: Path) -> None:
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
-            assert all(alias.name not in ("pickle", "dill") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert all(alias.name != "dill" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module not in ("pickle", "dill")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+            assert node.attr == "Unpickler", f"line {node.lineno}"
+        elif isinstance(node, ast.Call):
+            assert ast.unparse(node.func) != "pickle.Unpickler", f"line {node.lineno}"
+        elif isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases):
+            names = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+            assert "find_class" in names, f"{node.name} takes any class"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options.get("weights_only") == "True", f"line {node.lineno}"
 

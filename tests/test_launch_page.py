@@ -70,6 +70,7 @@ def test_its_batch_file_is_a_script_whose_numbers_agree(tmp_path):
     assert asked["signal"].startswith("SIGUSR1@")
 
 
+@pytest.mark.scale
 def test_its_torchrun_knows_the_words():
     text = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--help"],

@@ -55,7 +55,8 @@ def _spans(text: str) -> list[str]:
 
 def _behind_make(command: str) -> list[str]:
     """Return the `grn` commands that a make command would run."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    ours = {name for name in os.environ if name.startswith("MAKE")} | {"ARGS"}
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     plan = subprocess.run(
         ["make", "--no-print-directory", "-n", *STAMP, *shlex.split(command)[1:]],
         cwd=ROOT,

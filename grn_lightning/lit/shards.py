@@ -262,14 +262,23 @@ def _join_groups(
 # --- FSDP -----------------------------------------------------------------------------------------
 
 _FSDP_NAMES = {
-    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath", "Path"},
 }
-"""What the index of an FSDP folder may name; None is everything of that module."""
+"""What the index of an FSDP folder may name: plain data, and nothing that a module has imported."""
 
 
 class _IndexReader(pickle.Unpickler):
@@ -278,7 +287,7 @@ class _IndexReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = _FSDP_NAMES.get(module, set())
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if known is not None and name not in known and not is_dtype:
+        if name not in known and not is_dtype:
             raise ValueError(f"it names '{module}.{name}', which is no plain data")
         return super().find_class(module, name)
 

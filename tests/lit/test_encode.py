@@ -489,6 +489,7 @@ def whole(many: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.mark.scale
 @pytest.mark.slow
 def test_what_was_killed_goes_on_without_duplicate_or_hole(
     many: Path, tokenizer_run: Path, whole: Path, tmp_path: Path

@@ -118,6 +118,7 @@ def test_every_held_out_condition_gets_its_samples(
     assert conditions[0] == conditions[1]  # of one held-out sample
 
 
+@pytest.mark.scale
 def test_an_interrupted_prediction_goes_on_with_what_is_missing(
     arguments: Any, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +186,7 @@ def test_rows_that_fill_up_a_batch_draw_nothing() -> None:
     assert PredictionPlan(num_samples=3).missing(batch) == [(2, 2)]
 
 
+@pytest.mark.scale
 @pytest.mark.slow
 def test_two_processes_write_the_set_of_one(arguments: Any, tmp_path: Path) -> None:
     pair = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu")

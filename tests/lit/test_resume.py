@@ -109,6 +109,7 @@ def assert_same_end(first: Path, second: Path) -> None:
         assert all(tensors_equal(moments[0][index], moments[1][index]) for index in moments[0])
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_and_resumed_run_is_the_run_that_was_not(
     stage, doomed, digits, tokenizer_run, tmp_path
@@ -137,6 +138,7 @@ def test_a_killed_and_resumed_run_is_the_run_that_was_not(
         }
 
 
+@pytest.mark.scale
 def test_what_a_kill_leaves_behind_can_be_read(doomed):
     """Checkpoints are written whole or not at all."""
     for folder, process in doomed.values():

@@ -169,3 +169,10 @@ def test_layouts_are_told_apart(tmp_path):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "meta.pt").write_bytes(b"")
     assert layout_of(tmp_path / "f") == "fsdp"
+
+
+def test_what_an_allowed_module_has_imported_is_not_allowed(tmp_path: Path) -> None:
+    names = b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.getcwd\x93)R."
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + names)
+    with pytest.raises(ValueError, match=r"it names '.*metadata\.os\.getcwd'"):
+        read_index(tmp_path)

@@ -206,6 +206,7 @@ def test_a_queue_gives_the_same_hashes(kind: str, expected: dict) -> None:
     assert found == expected[kind]
 
 
+@pytest.mark.scale
 def test_another_process_gives_the_same_hashes_and_so_does_a_compiled_generator(
     expected: dict, other_process: subprocess.Popen
 ) -> None:
