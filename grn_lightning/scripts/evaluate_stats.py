@@ -90,10 +90,11 @@ def _open_shards(
 def _open_npz(data: Path, *, num_samples: int | None, batch_size: int) -> Iterator[Tensor]:
     left = num_samples
     for images in npz_images(data, batch_size=batch_size):
-        if left is not None:
-            images, left = images[:left], left - len(images)
-        if len(images):
-            yield to_float(images)[:, :, None]
+        images = images[:left]
+        yield to_float(images)[:, :, None]
+        left = None if left is None else left - len(images)
+        if left == 0:
+            return
 
 
 class _Summaries:

@@ -47,18 +47,24 @@ def decoded_size(shards: ShardSet) -> tuple[int, int]:
     return tuple(decode_image(next(iter(raw.fields.values()))).shape[1:])
 
 
-def test_pictures_of_an_npz_serve_as_well(digits: Path, tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8)
+@pytest.mark.parametrize("batch_size", [2, 3, 5, 20])
+def test_pictures_of_an_npz_serve_as_well(digits: Path, tmp_path: Path, batch_size: int) -> None:
+    """Five of fourteen, however they are read: the last batch is cut, and nothing comes after."""
+    images = np.random.default_rng(0).integers(0, 256, (14, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "samples.npz", arr_0=images)
-    options = {"features": "digits-cnn", "weights": digits / "judge.safetensors"}
     report = evaluate_stats(
-        tmp_path / "samples.npz", out=tmp_path / "ref.npz", num_samples=5, batch_size=3, **options
+        tmp_path / "samples.npz",
+        out=tmp_path / "ref.npz",
+        features="digits-cnn",
+        weights=digits / "judge.safetensors",
+        num_samples=5,
+        batch_size=batch_size,
     )
     assert report.protocol.num_samples == 5
     judge = DigitJudge.load(digits / "judge.safetensors")
     clips = torch.from_numpy(images[:5]).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
     with np.load(tmp_path / "ref.npz") as arrays, torch.no_grad():
-        assert arrays["mu"] == pytest.approx(judge(clips).double().mean(0).numpy(), rel=1e-6)
+        assert arrays["mu"] == pytest.approx(judge(clips).double().mean(0).numpy(), rel=1e-5)
 
 
 def test_clips_count_by_their_frames(digits: Path, tmp_path: Path) -> None:
