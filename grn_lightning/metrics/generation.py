@@ -5,8 +5,9 @@ class probabilities (IS), or some features themselves (KID, precision, recall). 
 torchmetrics objects of fixed size, which processes add up; the numbers follow from them at the end.
 """
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from grn_lightning.metrics.features import Features, extract, protocol_of, requi
 from grn_lightning.metrics.fid import caveats_of, distance_of_moments, require_width
 from grn_lightning.metrics.inception_score import InceptionScore
 from grn_lightning.metrics.neighbours import kernel_score, precision_recall
-from grn_lightning.metrics.protocols import CONVENTIONS, Measurement, Protocol
+from grn_lightning.metrics.protocols import CONVENTIONS, Convention, Measurement, Protocol
 from grn_lightning.metrics.reference import FeatureSums, ReferenceStatistics
 from grn_lightning.metrics.reservoir import FeatureReservoir
 
@@ -26,6 +27,8 @@ GENERATION_METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
 
 _KEPT = ("kid", "precision", "recall")  # need features themselves
 _KEPT_REAL = 10_000  # real ones that ADM takes
+_SETTINGS = "settings"  # of stored sums, JSON as bytes
+_NOTHING = torch.tensor([*b"{}"], dtype=torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,47 @@ class GenerationConfig:
             raise ValueError("GenerationConfig: " + "; ".join(issues) + ".")
 
 
+def _convention(features: str) -> Convention:
+    return CONVENTIONS.get(features, CONVENTIONS["torch_fidelity"])
+
+
+def impossible_metrics(
+    extractor: Any, config: GenerationConfig, reference: ReferenceStatistics | None = None
+) -> dict[str, str]:
+    """Return which of the metrics that are asked for cannot be had, with the reason of each.
+
+    Args:
+        extractor: Says its name, and what it gives besides pooled features.
+        config: What is asked for, on how many samples.
+        reference: What samples are compared with; None stands for real samples.
+    """
+    name, found = extractor.name, {}
+    if getattr(extractor, "num_spatial", None) is None:
+        found["sfid"] = f"{name} has no spatial features"
+    elif reference is not None and reference.spatial is None:
+        found["sfid"] = f"{reference.label} has no spatial statistics"
+    parts = _convention(name).score_parts or 1
+    if getattr(extractor, "num_classes", None) is None:
+        found["is"] = f"{name} has no classes"
+    elif config.num_pictures < parts:
+        found["is"] = f"its {parts} parts need as many pictures, got {config.num_pictures}"
+    kept = min(config.num_pictures, config.kept_features)
+    stored = None if reference is None else reference.features
+    few = _too_few(config, kept, None if stored is None else len(stored))
+    return {metric: why for metric, why in (found | few).items() if metric in config.metrics}
+
+
+def _too_few(config: GenerationConfig, samples: int, real: int | None) -> dict[str, str]:
+    """Return what cannot be had of so many features, with the reason; real ones may yet come."""
+    leasts = {"kid": 2, "precision": config.num_neighbours + 1, "recall": config.num_neighbours + 1}
+    got = f"{samples} samples" + ("" if real is None else f" and {real} real ones")
+    return {
+        metric: f"each set must have at least {least}, got {got}"
+        for metric, least in leasts.items()
+        if samples < least or (real is not None and real < least)
+    }
+
+
 class GenerationMetrics(nn.Module):
     """FID, sFID, Inception score, KID, precision and recall of generated samples.
 
@@ -93,7 +137,8 @@ class GenerationMetrics(nn.Module):
         ValueError: If the reference was made with other features.
 
     Attributes:
-        left_out: Metrics that were asked for and cannot be had, with the reason.
+        left_out: Metrics that were asked for and cannot be had, with the reason. Where real samples
+            are added, some turn out to be so in `compute`.
     """
 
     def __init__(
@@ -109,7 +154,8 @@ class GenerationMetrics(nn.Module):
             reference.require(self.protocol)
             require_width(reference, self.num_features)
         self.extractor, self.config, self.reference = extractor, config, reference
-        self.left_out: dict[str, str] = {}
+        self._impossible = impossible_metrics(extractor, config, reference)
+        self.left_out = dict(self._impossible)
         self.samples = nn.ModuleDict(self._summaries(extractor))
         self.real = nn.ModuleDict(self._real_summaries())
         self._seen = {"samples": 0, "real": 0}
@@ -118,25 +164,20 @@ class GenerationMetrics(nn.Module):
 
     def _summaries(self, extractor: Any) -> dict[str, Metric]:
         """What is kept of generated samples."""
-        config, wanted = self.config, self.config.metrics
-        width: Any = getattr(extractor, "num_spatial", None)
-        classes: Any = getattr(extractor, "num_classes", None)
+        config = self.config
+        wanted = set(config.metrics) - set(self.left_out)
         found: dict[str, Metric] = {}
         if "fid" in wanted:
             found["pooled"] = FeatureSums(self.num_features)
-        if "sfid" in wanted and width is None:
-            self.left_out["sfid"] = f"{self.protocol.features} has no spatial features"
-        elif "sfid" in wanted:
-            found["spatial"] = FeatureSums(int(width))
-        if "is" in wanted and classes is None:
-            self.left_out["is"] = f"{self.protocol.features} has no classes"
-        elif "is" in wanted:
+        if "sfid" in wanted:
+            found["spatial"] = FeatureSums(int(extractor.num_spatial))
+        if "is" in wanted:
             found["logits"] = InceptionScore(
-                int(classes),
+                int(extractor.num_classes),
                 num_samples=config.num_pictures,
-                convention=CONVENTIONS.get(self.protocol.features, CONVENTIONS["torch_fidelity"]),
+                convention=_convention(self.protocol.features),
             )
-        if set(_KEPT) & set(wanted):
+        if set(_KEPT) & wanted:
             found["kept"] = FeatureReservoir(
                 self.num_features, capacity=min(config.kept_features, config.num_pictures)
             )
@@ -147,21 +188,15 @@ class GenerationMetrics(nn.Module):
         reference = self.reference
         found: dict[str, Metric] = {}
         for name in self.samples:
-            if name == "logits":
+            if name == "logits" or (reference is not None and name in ("pooled", "spatial")):
                 continue
-            if reference is not None and name in ("pooled", "spatial"):
-                if name == "spatial" and reference.spatial is None:
-                    self.left_out["sfid"] = f"{reference.label} has no spatial statistics"
-                continue
-            if reference is not None and name == "kept" and reference.features is not None:
-                continue
-            if name == "kept":
+            if name != "kept":
+                found[name] = FeatureSums(_summary(self.samples, name).num_features)
+            elif reference is None or reference.features is None:
                 # There may be more of them than samples, but nobody needs very many more.
                 capacity = max(_KEPT_REAL, self.config.num_pictures)
                 capacity = min(capacity, self.config.kept_features)
                 found[name] = FeatureReservoir(self.num_features, capacity=capacity)
-            else:
-                found[name] = FeatureSums(_summary(self.samples, name).num_features)
         return found
 
     # --- samples ----------------------------------------------------------------------------------
@@ -251,7 +286,7 @@ class GenerationMetrics(nn.Module):
     def _distances(self) -> list[Measurement]:
         found = []
         for metric, name, field in (("fid", "pooled", "moments"), ("sfid", "spatial", "spatial")):
-            if name not in self.samples or metric in self.left_out:
+            if name not in self.samples:
                 continue
             samples = _summary(self.samples, name).compute()
             known = None if self.reference is None else getattr(self.reference, field)
@@ -276,8 +311,14 @@ class GenerationMetrics(nn.Module):
         real = (
             _summary(self.real, "kept").compute() if stored is None else stored.to(samples.device)
         )
-        protocol, found = self._protocol(len(samples)), []
-        if "kid" in config.metrics:
+        # Real samples that were added have no name: the statistics are not of them.
+        protocol = self._protocol(len(samples), reference="" if stored is None else None)
+        few = _too_few(config, len(samples), len(real)).items()
+        self.left_out = self._impossible | {
+            name: why for name, why in few if name in config.metrics
+        }
+        wanted, found = set(config.metrics) - set(self.left_out), []
+        if "kid" in wanted:
             size = min(config.kid_subset_size, len(samples), len(real))
             score = kernel_score(samples, real, num_subsets=config.kid_subsets, subset_size=size)
             caveats = (
@@ -287,11 +328,11 @@ class GenerationMetrics(nn.Module):
             )
             value, spread = float(score.mean), float(score.spread)
             found.append(_measured("kid", value, protocol, spread=spread, caveats=caveats))
-        if {"precision", "recall"} & set(config.metrics):
+        if {"precision", "recall"} & wanted:
             pair = precision_recall(samples, real, num_neighbours=config.num_neighbours)
             caveats = (f"against {len(real)} real ones; the value depends on both numbers",)
             for metric, one in pair._asdict().items():
-                if metric in config.metrics:
+                if metric in wanted:
                     found.append(_measured(metric, float(one), protocol, caveats=caveats))
         return found
 
@@ -311,7 +352,8 @@ class GenerationMetrics(nn.Module):
 
     def sums(self) -> dict[str, Tensor]:
         """Return what this process has added up, for a file; `load_sums` goes on from it."""
-        found = {f"seen.{kind}": torch.tensor(count) for kind, count in self._seen.items()}
+        found = {_SETTINGS: torch.frombuffer(bytearray(self._settings()), dtype=torch.uint8)}
+        found |= {f"seen.{kind}": torch.tensor(count) for kind, count in self._seen.items()}
         for group, name, summary in self._all():
             for key, value in summary.metric_state.items():
                 found[f"{group}.{name}.{key}"] = value.detach().clone()
@@ -321,13 +363,22 @@ class GenerationMetrics(nn.Module):
         """Go on from what `sums` returned.
 
         Raises:
-            ValueError: If they are sums of other metrics or features.
+            ValueError: If they are sums of other metrics or features, or by another protocol.
         """
-        own = self.sums()
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in sums.items()}:
+        own, stored = self.sums(), dict(sums)
+        mine, other = (
+            json.loads(bytes(one.pop(_SETTINGS, _NOTHING).tolist())) for one in (own, stored)
+        )
+        differ = [f"{k} {other.get(k)!r} and {v!r}" for k, v in mine.items() if other.get(k) != v]
+        if differ:
+            raise ValueError(
+                "the stored sums are of other metrics or features, or of samples that were judged "
+                f"otherwise (theirs, then these): {'; '.join(differ)}."
+            )
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in stored.items()}:
             raise ValueError(
                 "the stored sums are of other metrics or features: "
-                f"{', '.join(sorted(sums))} instead of {', '.join(sorted(own))}."
+                f"{', '.join(sorted(stored))} instead of {', '.join(sorted(own))}."
             )
         self._seen = {kind: int(sums[f"seen.{kind}"]) for kind in self._seen}
         for group, name, summary in self._all():
@@ -335,6 +386,11 @@ class GenerationMetrics(nn.Module):
             for key, value in summary.metric_state.items():
                 setattr(summary, key, sums[f"{group}.{name}.{key}"].to(value, copy=True))
             summary._update_count = 1  # torchmetrics warns of a metric without samples
+
+    def _settings(self) -> bytes:
+        """What decides the sums besides the samples, as JSON."""
+        facts = self.protocol.as_dict() | asdict(self.config) | {"reference": ""}
+        return json.dumps(facts, sort_keys=True).encode()
 
     def _all(self) -> Iterator[tuple[str, str, Any]]:
         for group, summaries in (("samples", self.samples), ("real", self.real)):

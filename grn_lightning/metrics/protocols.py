@@ -93,8 +93,8 @@ class Protocol:
     num_samples: int
     """Samples that were judged."""
     reference: str = ""
-    """What they were compared with: name and hash of statistics, or of a split; empty if nothing.
-    """
+    """What they were compared with: name and hash of statistics; empty for real samples without a
+    name, and if nothing."""
     rounding: Rounding = "none"
     """How samples became bytes."""
     resize: Resize = "none"

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,72 @@ def test_what_cannot_be_had_is_left_out_with_a_reason(drawn: Tensor, real: Tenso
         "is": "colours has no classes",
     }
     assert [one.metric for one in metrics.compute()] == ["fid", "kid", "precision", "recall"]
+
+
+def test_what_too_few_samples_cannot_tell_is_left_out_too(drawn: Tensor, real: Tensor) -> None:
+    """An Inception score has ten parts, and a ball is drawn through the third neighbour."""
+    few = GenerationConfig(num_samples=3, kid_subsets=2)
+    metrics = judged(drawn[:3], real, config=few)
+    told = "each set must have at least 4, got 3 samples"
+    score = "its 10 parts need as many pictures, got 3"
+    assert GenerationMetrics(Colours(), few).left_out == {
+        "is": score, "precision": told, "recall": told,
+    }  # fmt: skip
+    assert [one.metric for one in metrics.compute()] == ["fid", "sfid", "kid"]
+
+    many = replace(few, num_samples=9)
+    metrics = judged(drawn[:9], real[:3], config=many)
+    assert [one.metric for one in metrics.compute()] == ["fid", "sfid", "kid"]
+    told = "each set must have at least 4, got 9 samples and 3 real ones"
+    assert (metrics.left_out["precision"], metrics.left_out["recall"]) == (told, told)
+    metrics.reset()
+    for part, is_real in ((drawn[:9], False), (real, True)):
+        metrics.update(part, real=is_real)
+    assert "recall" in values(metrics.compute())
+    assert metrics.left_out == {"is": "its 10 parts need as many pictures, got 9"}
+
+    stored = statistics(real[:3], with_features=True)
+    metrics = judged(drawn, None, reference=stored)
+    assert set(metrics.left_out) == {"precision", "recall"}
+    assert [one.metric for one in metrics.compute()] == ["fid", "sfid", "is", "kid"]
+
+
+def test_parts_of_5000_take_any_number(drawn: Tensor, real: Tensor) -> None:
+    judge = Colours()
+    judge.name = "adm"
+    config = GenerationConfig(num_samples=9, metrics=("is",))
+    metrics = judged(drawn[:9], None, extractor=judge, config=config)
+    assert [one.metric for one in metrics.compute()] == ["is"]
+
+
+def test_a_number_names_what_it_was_compared_with(drawn: Tensor, real: Tensor) -> None:
+    """Statistics without features serve the distances; the others compare with what was added."""
+    bare = statistics(clips(80), with_features=False)
+    found = judged(drawn, real, reference=bare).compute()
+    named = {one.metric: one.protocol.reference for one in found}
+    assert named == {
+        "fid": bare.label, "sfid": bare.label, "is": "", "kid": "", "precision": "", "recall": "",
+    }  # fmt: skip
+    whole = statistics(real, with_features=True)
+    found = judged(drawn, None, reference=whole).compute()
+    assert {one.protocol.reference for one in found if one.metric != "is"} == {whole.label}
+
+
+def test_sums_of_other_settings_are_refused(drawn: Tensor, real: Tensor) -> None:
+    """Their shapes are the same, and the numbers would be a mixture."""
+    sums = judged(drawn[:31], real).sums()
+    rounded = Colours()
+    rounded.rounding = "truncate"
+    for extractor, config, match in (
+        (rounded, CONFIG, "rounding 'none' and 'truncate'"),
+        (Colours(), replace(CONFIG, num_neighbours=5), "num_neighbours 3 and 5"),
+        (Colours(), replace(CONFIG, kid_subset_size=20), "kid_subset_size 25 and 20"),
+    ):
+        with pytest.raises(ValueError, match=rf"judged otherwise \(theirs, then these\): {match}"):
+            GenerationMetrics(extractor, config).load_sums(sums)
+    del sums["settings"]
+    with pytest.raises(ValueError, match="features None and 'colours'"):
+        GenerationMetrics(Colours(), CONFIG).load_sums(sums)
 
 
 def test_a_reset_forgets_everything(drawn: Tensor, real: Tensor) -> None:
