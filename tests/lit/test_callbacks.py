@@ -1,6 +1,7 @@
 """What callbacks write can be read back, and what they judge is what is there."""
 
 import io
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -275,8 +277,9 @@ def draw_through(callback: EvaluateSamples) -> tuple[dict[str, float], list[int]
         device=torch.device("cpu"), log=lambda name, v, **_: log.update({name: v}), drawn=[]
     )
     trainer: Any = SimpleNamespace(
-        sanity_checking=False, world_size=1, global_step=1, val_dataloaders=None
-    )
+        sanity_checking=False, world_size=1, global_step=1, val_dataloaders=None,
+        state=SimpleNamespace(fn=TrainerFn.VALIDATING),
+    )  # fmt: skip
 
     def draw_clips(batch: Any, sample_index: Tensor, **_: Any) -> Tensor:
         module.drawn.append(sample_index)
@@ -328,6 +331,42 @@ def _of_others(file: Path) -> Path:
     return other
 
 
+class OfClips(Brightness):
+    """A network of clips, whose distance is called FVD."""
+
+    title = "FVD"
+
+
+def test_a_distance_of_clips_is_called_so():
+    log, _ = draw_through(EvaluateSamples(OfClips(), num_samples=4, metrics=("fid", "kid")))
+    assert log.keys() == {"val/FVD[brightness,3]", "val/KID[brightness,3]"}
+
+
+def test_a_number_that_cannot_be_had_is_missed_aloud():
+    callback = EvaluateSamples(Brightness(), num_samples=4, metrics=("fid", "recall", "is"))
+    with pytest.warns(UserWarning) as told:
+        log, _ = draw_through(callback)
+    assert log.keys() == {"val/FID[brightness,3]"}
+    assert [str(one.message) for one in told] == [
+        "EvaluateSamples: no IS: brightness has no classes.",
+        "EvaluateSamples: no recall: each set must have at least 4, got 3 samples and 3 real ones.",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:EvaluateSamples. no IS. its 10 parts need .* got 6:UserWarning")
+def test_a_validation_set_too_small_for_a_number_goes_without_it(
+    digits, tokenizer_run, judge, tmp_path
+):
+    """Six pictures have no Inception score, nor have the two of a trial before the first step."""
+    evaluate = judged(judge, metrics=["fid", "is", "precision"], every_n_steps=2)
+    config = generator_config(tmp_path, digits, tokenizer_run, kind="class", callbacks=[evaluate])
+    config = watched(config, tmp_path, max_steps=2)
+    config["trainer"]["num_sanity_val_steps"] = 1
+    fit(tmp_path, config)
+    tags = {tag for tag in events(tmp_path).Tags()["scalars"] if "digits-cnn" in tag}
+    assert tags == {"val/FID[digits-cnn,6]", "val/precision[digits-cnn,6]"}
+
+
 def test_samples_are_judged_every_so_many_steps(digits, tokenizer_run, judge, tmp_path):
     evaluate = judged(judge, num_samples=4, every_n_steps=4)
     config = generator_config(tmp_path, digits, tokenizer_run, kind="class", callbacks=[evaluate])
@@ -336,6 +375,48 @@ def test_samples_are_judged_every_so_many_steps(digits, tokenizer_run, judge, tm
     assert [event.step for event in found.Scalars("val/FID[digits-cnn,4]")] == [3, 7]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_training_counts_validations_on(digits, tokenizer_run, judge, tmp_path):
+    """Every second of the validations at steps 2, 4, 6, in one piece and resumed behind step 2."""
+    settings = {"num_samples": 4, "every_n_validations": 2}
+    inspector = callback("Inspector", num_held_out=4, num_times=2, refine=FEW_STEPS, **settings)
+    found: dict[tuple[str, int], EventAccumulator] = {}
+    for place, stops in (("whole", [6]), ("parts", [2, 6])):
+        config = generator_config(
+            tmp_path / place, digits, tokenizer_run, kind="class",
+            callbacks=[judged(judge, **settings), inspector, checkpoints(tmp_path / place, 2)],
+        )  # fmt: skip
+        for stop in stops:
+            begun = stop > stops[0]
+            resume = ["--ckpt_path", find_checkpoint(tmp_path / place)] if begun else []
+            fit(tmp_path / place, watched(config, tmp_path / f"{place}{stop}", max_steps=stop),
+                *resume)  # fmt: skip
+            found[place, stop] = events(tmp_path / f"{place}{stop}")
+    for tag in ("val/digit_accuracy", "inspect/complexity"):
+        assert [event.step for event in found["whole", 6].Scalars(tag)] == [1, 5]
+        assert [event.step for event in found["parts", 6].Scalars(tag)] == [5]
+
+
+@pytest.mark.parametrize(
+    ("between", "accumulated", "every", "is_met"),
+    [(2, 1, 4, True), (4, 1, 5, False), (4, 1, 12, True), (4, 2, 6, True), (4, 1, 16, False)],
+)
+def test_steps_that_no_validation_meets_are_warned_of(between, accumulated, every, is_met):
+    trainer: Any = SimpleNamespace(
+        val_check_interval=between, accumulate_grad_batches=accumulated, max_steps=12
+    )
+    module: Any = None
+    callback = EvaluateSamples(Brightness(), every_n_steps=every)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback.on_fit_start(trainer, module)
+    texts = [str(one.message) for one in caught]
+    assert [f"multiple of `every_n_steps`={every}" in text for text in texts] == [True] * (
+        not is_met
+    )
+
+
+@pytest.mark.filterwarnings("ignore:EvaluateSamples. no validation")
 def test_judges_take_no_part_in_training_and_checkpoints(digits, tokenizer_run, judge, tmp_path):
     """Neither hooks of steps nor anything in a checkpoint; losses as if nothing were drawn."""
     hooks = [name for name in dir(L.Callback) if name.startswith(("on_train", "on_before"))]

@@ -4,13 +4,16 @@ import io
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from grn_lightning.datasets.order import ValidationBatchSampler
 from grn_lightning.lit.callbacks import Inspector
 from grn_lightning.lit.callbacks import inspector as inspector_module
 from grn_lightning.lit.checkpoints import find_checkpoint
@@ -152,6 +155,72 @@ def test_what_is_logged_is_what_the_averaged_weights_do(
         assert float(metrics[f"val_accuracy/round{number}"]) == pytest.approx(accuracy)
 
 
+SOURCES = (((1, 8, 8), 7), ((5, 8, 8), 3), ((1, 8, 8), 4))  # sizes, and samples of each
+
+
+def counted(
+    num_held_out: int, batch_size: int, num_ranks: int, rank: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of the samples that count on one process, and the batches that it asks about."""
+    inspector = Inspector(num_samples=2, num_held_out=num_held_out, num_times=2)
+    counts = [count for _, count in SOURCES]
+    batches = ValidationBatchSampler(counts, [batch_size] * 3, rank=rank, num_ranks=num_ranks)
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False,
+        world_size=num_ranks,
+        val_dataloaders=SimpleNamespace(batch_sampler=batches),
+        state=SimpleNamespace(fn=TrainerFn.VALIDATING),
+    )
+    module: Any = SimpleNamespace(
+        device="cpu",
+        pipeline=None,
+        tokenizer=SimpleNamespace(config=SimpleNamespace(num_rounds=1)),
+        tokenize=lambda clips: torch.zeros(len(clips), 1, 1, 1, 1, dtype=torch.long),
+        condition=lambda batch: None,
+    )
+    numbers: list[int] = []
+    asked: list[int] = []
+
+    def count(*_: Any, sample_index: torch.Tensor, weights: torch.Tensor) -> None:
+        numbers.extend(sample_index[weights > 0].tolist())
+        asked.append(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspector_module, "accuracy_at_times", count)
+        patch.setattr(inspector_module, "LitGenerator", SimpleNamespace)
+        inspector.on_validation_start(trainer, module)
+        for number, requests in enumerate(batches):
+            size = SOURCES[requests[0].source][0]
+            batch = {
+                "clips": torch.zeros(len(requests), 3, *size),
+                "keys": [str(request.index) for request in requests],
+                "sample_index": torch.tensor([request.number for request in requests]),
+                "weights": torch.tensor([request.weight for request in requests]),
+            }
+            inspector.on_validation_batch_end(trainer, module, None, batch, number)
+    return numbers, asked
+
+
+@pytest.mark.parametrize(
+    ("num_held_out", "expected"),
+    [
+        (2, [0, 1, 7, 8]),
+        (5, [0, 1, 2, 3, 4, 7, 8, 9]),
+        (9, [*range(10)]),  # the third source begins with number 10, ten behind the first
+        (12, [*range(12)]),
+        (99, [*range(14)]),
+    ],
+)
+def test_which_samples_count_is_said_by_their_numbers(
+    num_held_out: int, expected: list[int]
+) -> None:
+    for batch_size in (1, 2, 3, 4, 16):
+        for num_ranks in (1, 2, 3, 5, 8):
+            each = [counted(num_held_out, batch_size, num_ranks, r) for r in range(num_ranks)]
+            assert sorted(n for numbers, _ in each for n in numbers) == expected
+            assert all(asked == each[0][1] for _, asked in each)  # sharded weights need all
+
+
 def test_a_collapse_warns_and_stands_in_tensorboard(
     digits: Path, tokenizer_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +265,7 @@ def test_watching_now_and_then_does_not_change_the_training(
     [
         ({"num_samples": 1}, "`num_samples` must be at least 2, got 1"),
         ({"num_held_out": 8}, "`num_held_out` must be at least 16, got 8"),
-        ({"num_times": 0}, "`num_times` must be at least 1, got 0"),
+        ({"num_times": 1}, "`num_times` must be at least 2, got 1"),
         ({"every_n_validations": 0}, "`every_n_validations` must be at least 1, got 0"),
     ],
 )
@@ -219,9 +288,9 @@ def test_two_processes_see_what_one_sees(
     """Held-out samples are divided; samples, curves and accuracies are not."""
     checkpoint = find_checkpoint(generator_runs["text"])
     rows = {}
-    for name, batch_size in (("one", 4), ("two", 2)):
+    for name, batch_size in (("one", 4), ("two", 3)):
         folder = tmp_path / name
-        config = inspected(folder, digits, tokenizer_run, "text")
+        config = inspected(folder, digits, tokenizer_run, "text", num_held_out=5)
         config["data"]["init_args"]["sources"][0]["batch_size"] = batch_size
         file = write_yaml(folder, config)
         args = ["validate", "-c", file, "--ckpt_path", checkpoint]

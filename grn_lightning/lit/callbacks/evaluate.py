@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 
 from grn_lightning.datasets.order import ValidationBatchSampler
 from grn_lightning.lit.base import require_stage
+from grn_lightning.lit.callbacks.due import is_nth_validation
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.metrics import Measurement, ReferenceStatistics
 from grn_lightning.metrics.digits import DIRECTIONS, DigitJudge
@@ -75,7 +76,7 @@ class EvaluateSamples(L.Callback):
             module that is a `FeatureExtractor`.
         num_samples: Samples over all devices: the first so many of the first validation source,
             whatever the batch size and the number of devices.
-        every_n_validations: Judge at every n-th validation only.
+        every_n_validations: Judge at every n-th validation only; a resumed training counts on.
         every_n_steps: Judge at validations after multiples of so many steps instead; to be a
             multiple of the trainer's `val_check_interval`.
         refine: Steps, guidance and temperature. Sharded strategies need fixed steps.
@@ -139,6 +140,21 @@ class EvaluateSamples(L.Callback):
                 "of `refine`."
             )
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn if steps were chosen so that nothing will be judged."""
+        every, between = self.every_n_steps, trainer.val_check_interval
+        if every is None or not isinstance(between, int) or trainer.max_steps < 0:
+            return
+        batches_per_step = trainer.accumulate_grad_batches
+        batches = range(between, trainer.max_steps * batches_per_step + 1, between)
+        if not any(count // batches_per_step % every == 0 for count in batches):
+            warnings.warn(
+                f"EvaluateSamples: no validation (every {between} batches, until step "
+                f"{trainer.max_steps}) falls on a multiple of `every_n_steps`={every}, so nothing "
+                "will be judged; take a multiple of the trainer's `val_check_interval`.",
+                stacklevel=2,
+            )
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decide whether this validation is judged, and how many samples there will be."""
         assert isinstance(pl_module, LitGenerator)
@@ -154,9 +170,9 @@ class EvaluateSamples(L.Callback):
     def _decide(self, trainer: L.Trainer) -> bool:
         if trainer.sanity_checking:
             return True  # whatever is wrong should be known before the first step
-        self._validations += 1
         if self.every_n_steps is None or trainer.state.fn != TrainerFn.FITTING:
-            return (self._validations - 1) % self.every_n_validations == 0
+            so_far, self._validations = self._validations, self._validations + 1
+            return is_nth_validation(trainer, every=self.every_n_validations, so_far=so_far)
         return trainer.global_step % self.every_n_steps == 0
 
     def _announce(self, trainer: L.Trainer, batch: Any) -> None:

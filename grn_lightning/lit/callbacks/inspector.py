@@ -1,22 +1,27 @@
 """What refinement does and what the network knows, at every validation: panels for TensorBoard.
 
 Every process draws the same few samples, so that sharded weights can be gathered, and counts the
-held-out samples of its own batches, whose sums are reduced; the first process writes. So any number
-of processes shows the same. docs/inspector.md says how to read each panel.
+held-out samples of its own batches, whose sums are reduced; the first process writes. Which ones
+count is said by their numbers, so any number of processes and any batch size shows the same.
+docs/inspector.md says how to read each panel.
 """
 
 import math
 import warnings
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from grn_lightning.datasets.order import ValidationBatchSampler
 from grn_lightning.functional import elements_to_codes
 from grn_lightning.lit.base import require_stage
 from grn_lightning.lit.cached import cached_elements
+from grn_lightning.lit.callbacks.due import is_nth_validation
 from grn_lightning.lit.callbacks.tensorboard import (
     has_tensorboard,
     log_film,
@@ -69,10 +74,10 @@ class Inspector(L.Callback):
 
     Args:
         num_samples: Samples that are drawn.
-        num_held_out: Held-out samples of each size, rounded up to whole validation batches, that
-            the network is shown at every time; at least `num_samples`.
+        num_held_out: Held-out samples of each size, the first so many by number, that count after
+            the network was shown them at every time; at least `num_samples`.
         num_times: Times at which it is shown them, in the middles of equal parts of [0, 1].
-        every_n_validations: Inspect at every n-th validation only.
+        every_n_validations: Inspect at every n-th validation only; a resumed training counts on.
         refine: Steps, guidance and temperature.
         alarms: Limits; null takes the defaults.
 
@@ -92,7 +97,7 @@ class Inspector(L.Callback):
         given = {
             "num_samples": (num_samples, 2),
             "num_held_out": (num_held_out, num_samples),
-            "num_times": (num_times, 1),
+            "num_times": (num_times, 2),
             "every_n_validations": (every_n_validations, 1),
         }
         for name, (value, minimum) in given.items():
@@ -107,7 +112,9 @@ class Inspector(L.Callback):
 
     def _forget(self) -> None:
         self._is_due = False
-        self._left: dict[tuple[int, int, int], int] = {}
+        self._starts: list[int] = [0]  # number of each source's first sample
+        self._seen: dict[int, int] = {}  # rows of each source, the same on every process
+        self._ends: dict[tuple[int, int, int], int] = {}  # of each size, the first that counts not
         self._rows: list[HeldOut] = []
         self._accuracy: RoundAccuracy | None = None
 
@@ -123,10 +130,25 @@ class Inspector(L.Callback):
         """Decide whether this validation is inspected."""
         assert isinstance(pl_module, LitGenerator)
         self._forget()
-        self._is_due = (
-            self._validations % self.every_n_validations == 0 and not trainer.sanity_checking
-        )
-        self._validations += not trainer.sanity_checking
+        if not trainer.sanity_checking:
+            so_far, self._validations = self._validations, self._validations + 1
+            every = self.every_n_validations
+            self._is_due = is_nth_validation(trainer, every=every, so_far=so_far)
+        sampler = getattr(trainer.val_dataloaders, "batch_sampler", None)
+        if isinstance(sampler, ValidationBatchSampler):
+            self._starts = [*accumulate(sampler.num_samples, initial=0)][:-1]
+
+    def _end_of_count(self, batch: Any, size: tuple[int, int, int], world_size: int) -> int | None:
+        """Return the number of the first sample that does not count any more.
+
+        None if on no process a sample of this batch counts; all processes answer alike.
+        """
+        source = bisect_right(self._starts, int(batch["sample_index"][0])) - 1
+        seen = self._seen.get(source, 0)
+        self._seen[source] = seen + len(batch["weights"])
+        first = self._starts[source] + seen * world_size  # of this batch, over all processes
+        end = self._ends.setdefault(size, first + self.num_held_out)
+        return end if first < end else None
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -143,10 +165,9 @@ class Inspector(L.Callback):
             return
         assert isinstance(pl_module, LitGenerator)
         size = tuple(batch["clip_size"] if "clip_size" in batch else batch["clips"].shape[2:])
-        left = self._left.get(size, -(-self.num_held_out // trainer.world_size))
-        if left <= 0:
+        end = self._end_of_count(batch, size, trainer.world_size)
+        if end is None:
             return
-        self._left[size] = left - len(batch["keys"])
         pipeline = pl_module.pipeline
         if "codes" in batch:
             x_1 = cached_elements(batch, pipeline, tokenizer_hash=pl_module.tokenizer_hash)
@@ -162,7 +183,7 @@ class Inspector(L.Callback):
             x_1,
             pl_module.condition(batch),
             sample_index=batch["sample_index"],
-            weights=batch["weights"],
+            weights=batch["weights"] * (batch["sample_index"] < end),
         )
         self._remember(batch, x_1, size)
 
