@@ -81,6 +81,11 @@ def protocol_of(extractor: Any, *, num_samples: int = 0, reference: str = "") ->
     )
 
 
+def distance_name(extractor: Any) -> str:
+    """Return the metric that a Frechet distance of these features is: "fvd" of clips, or "fid"."""
+    return "fvd" if getattr(extractor, "title", "FID") == "FVD" else "fid"
+
+
 def short_hash(path: Path) -> str:
     """Return the first eight digits of the SHA-256 of a file of weights."""
     with path.open("rb") as file:

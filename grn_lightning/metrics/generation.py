@@ -7,7 +7,7 @@ torchmetrics objects of fixed size, which processes add up; the numbers follow f
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -396,6 +396,19 @@ class GenerationMetrics(nn.Module):
         for group, summaries in (("samples", self.samples), ("real", self.real)):
             for name in summaries:
                 yield group, name, summaries[name]
+
+
+def of_samples(one: Measurement, *, distance: str, frames_per_sample: int) -> Measurement:
+    """Return a number as it is told: by its name, and of samples instead of their frames.
+
+    Args:
+        one: From `GenerationMetrics.compute`.
+        distance: What a "fid" is called, see `features.distance_name`.
+        frames_per_sample: As in the configuration.
+    """
+    count = one.protocol.num_samples // frames_per_sample
+    metric = distance if one.metric == "fid" else one.metric
+    return replace(one, metric=metric, protocol=one.protocol.with_samples(count))
 
 
 def _summary(summaries: nn.ModuleDict, name: str) -> Any:

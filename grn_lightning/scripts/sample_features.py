@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from grn_lightning.datasets.manifest import atomic_file
 from grn_lightning.metrics import DigitJudge
 from grn_lightning.metrics.extractors import build_extractor
-from grn_lightning.metrics.features import extract, protocol_of
+from grn_lightning.metrics.features import distance_name, extract, protocol_of
 from grn_lightning.metrics.protocols import Protocol
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.scripts.asking import Asked
@@ -77,7 +77,7 @@ class Extracted:
             ValueError: If it cannot be loaded.
         """
         network: Any = source.load()
-        metric = "fvd" if getattr(network, "title", "FID") == "FVD" else "fid"
+        metric = distance_name(network)
         widths = (getattr(network, name, None) for name in ("num_spatial", "num_classes"))
         return cls(source, protocol_of(network), network.num_features, metric, *widths)
 
