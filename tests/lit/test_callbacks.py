@@ -344,7 +344,7 @@ def test_a_distance_of_clips_is_called_so():
 
 def test_a_number_that_cannot_be_had_is_missed_aloud():
     callback = EvaluateSamples(Brightness(), num_samples=4, metrics=("fid", "recall", "is"))
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="EvaluateSamples: no ") as told:
         log, _ = draw_through(callback)
     assert log.keys() == {"val/FID[brightness,3]"}
     assert [str(one.message) for one in told] == [

@@ -25,8 +25,9 @@ from grn_lightning.lit.callbacks.due import is_nth_validation
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.metrics import Measurement, ReferenceStatistics
 from grn_lightning.metrics.digits import DIRECTIONS, DigitJudge
-from grn_lightning.metrics.features import Features, protocol_of
-from grn_lightning.metrics.generation import GenerationConfig, GenerationMetrics
+from grn_lightning.metrics.features import Features, distance_name, protocol_of
+from grn_lightning.metrics.generation import GenerationConfig, GenerationMetrics, of_samples
+from grn_lightning.metrics.protocols import metric_name
 from grn_lightning.samplers import RefineConfig
 
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
@@ -194,7 +195,7 @@ class EvaluateSamples(L.Callback):
 
     def _pictures(self, frames: int) -> int:
         """Return how many features a clip of so many frames has."""
-        return 1 if getattr(self.extractor, "title", "FID") == "FVD" else frames
+        return 1 if distance_name(self.extractor) == "fvd" else frames
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -249,6 +250,9 @@ class EvaluateSamples(L.Callback):
             return
         for one in self.measurements():
             pl_module.log(f"val/{one.tag}", one.value)
+        left_out = {} if trainer.sanity_checking else self.sums.left_out
+        for name, why in left_out.items():
+            warnings.warn(f"EvaluateSamples: no {metric_name(name)}: {why}.", stacklevel=2)
         named = {"digit_accuracy": self.digit, "direction_accuracy": self.direction}
         for name, metric in named.items():
             if metric.update_called:
@@ -264,10 +268,8 @@ class EvaluateSamples(L.Callback):
         except ValueError as error:  # a training must not end because a set was too small
             warnings.warn(f"EvaluateSamples: {error}", stacklevel=2)
             return []
-        return [
-            replace(one, protocol=one.protocol.with_samples(one.protocol.num_samples // frames))
-            for one in found
-        ]
+        name = distance_name(self.extractor)
+        return [of_samples(one, distance=name, frames_per_sample=frames) for one in found]
 
 
 def _size_of(batch: Any) -> tuple[int, int, int]:
