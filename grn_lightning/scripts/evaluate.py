@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.lit.generator import LitGenerator, load_generator
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.nn.perceptual import find_vgg_weights
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.drawing import size_for
 from grn_lightning.scripts.evaluate_generator import evaluate_generator
@@ -55,9 +57,12 @@ class EvaluationReport:
     def __str__(self) -> str:
         """List the numbers with their protocol."""
         table = [figure for figure in self.by_rounds if not self.rounds]
-        rows = [(figure.tag, figure.text) for figure in (*self.figures, *table)]
-        width = max(len(tag) for tag, _ in rows)
-        lines = [f"  {tag:<{width}}  {text:>10}" for tag, text in rows]
+        figures = (*self.figures, *table)
+        width = max(len(figure.tag) for figure in figures)
+        lines = []
+        for figure in figures:
+            lines.append(f"  {figure.tag:<{width}}  {figure.text:>10}")
+            lines += [f"    {caveat}" for caveat in figure.caveats]
         lines += self._table()
         if self.left_out:
             lines.append(f"  left out: {'; '.join(self.left_out)}")
@@ -137,6 +142,19 @@ def _record(
         "rounds": [row | {"bits_per_pixel": _finite(row)} for row in findings.rounds],
         "left_out": findings.left_out,
         "pictures": [asdict(picture) for picture in findings.pictures],
+    }
+
+
+def _files(run: TrainedRun, given: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the files of the networks that judged, with their hashes, by option."""
+    files = {name: given[name] for name in ("inception", "video_features")}
+    if run.stage == "tokenizer":
+        with suppress(ValueError):  # without the file LPIPS was left out
+            files["vgg"] = find_vgg_weights(given["vgg"])
+    return {
+        name: {"file": str(file), "sha256": file_hash(file)}
+        for name, file in files.items()
+        if file is not None
     }
 
 
@@ -235,6 +253,8 @@ def evaluate(
         "seed": seed,
         "refine": asdict(refine) if run.stage == "generator" else None,
         "judge": None if judge is None else {"file": str(judge), "sha256": file_hash(judge)},
+        "files": _files(run, given),
+        "weights": trained.pipeline.hashes if isinstance(trained, LitGenerator) else None,
         "fps": held_out.fps,
         "command": command_line(evaluate, given),
         "date": date,

@@ -1,6 +1,7 @@
 """Judging held-out clips, their reconstructions and samples by the same judges, side by side."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,6 @@ from torchmetrics import MeanMetric
 
 from grn_lightning.lit.callbacks import DigitFeatures
 from grn_lightning.metrics import DIRECTIONS, DigitJudge, FrechetDistance, InceptionFeatures
-from grn_lightning.metrics.features import protocol_of
 from grn_lightning.metrics.protocols import find_convention, short_count
 from grn_lightning.metrics.video_features import VideoFeatures
 from grn_lightning.scripts.records import Figure
@@ -142,15 +142,9 @@ class Judging:
 
     def figures(self, kind: Kind, *, split: str) -> list[Figure]:
         """Return the figures of one kind."""
-        count, prefix = short_count(self.count), "" if kind == "samples" else "r"
+        count = short_count(self.count)
         distances = [
-            Figure(
-                prefix + getattr(distance.extractor, "title", "FID"),
-                (*protocol_of(distance.extractor, num_samples=self.count).parts, split),
-                float(distance.compute()),
-                meaning=f"Frechet distance of {kind} to the real ones; 0 is the same distribution",
-            )
-            for distance in self.distances.get(kind, [])
+            self._distance(distance, kind, split) for distance in self.distances.get(kind, [])
         ]
         shares = [
             Figure(
@@ -164,3 +158,16 @@ class Judging:
             if known == kind
         ]
         return distances + shares
+
+    def _distance(self, distance: FrechetDistance, kind: Kind, split: str) -> Figure:
+        """Measure a distance; samples are counted as clips, also where features are of frames."""
+        name = ("" if kind == "samples" else "r") + getattr(distance.extractor, "title", "FID")
+        found = distance.measure(metric=name.lower(), reference=f"the same of split {split}")
+        found = replace(found, protocol=found.protocol.with_samples(self.count))
+        return Figure(
+            name,
+            (*found.protocol.parts, split),
+            found.value,
+            meaning=f"Frechet distance of {kind} to the real ones; 0 is the same distribution",
+            measured=found.as_dict(),
+        )

@@ -50,6 +50,13 @@ class Figure:
     """Unit; "%" shows a share as a percentage."""
     meaning: str = ""
     """One line for a reader who meets the name for the first time."""
+    measured: Mapping[str, Any] | None = None
+    """For a distance, `Measurement.as_dict()`: the whole protocol, and caveats."""
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader should know before comparing the number, a sentence each."""
+        return () if self.measured is None else tuple(self.measured["caveats"])
 
     @property
     def tag(self) -> str:
@@ -259,6 +266,7 @@ def figures_from_json(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
             value=math.nan if row["value"] is None else row["value"],
             unit=row["unit"],
             meaning=row["meaning"],
+            measured=row.get("measured"),  # older files lack it
         )
         for row in rows
     ]

@@ -251,7 +251,7 @@ def charts_of(history: History, *, judged_how: str = "") -> list[Chart]:
         history: Its scalars.
         judged_how: Protocol of the judges during the training.
     """
-    distances = [tag for tag in history.series if tag.lower().startswith("val/fid[")]
+    judged = [tag.removeprefix("val/") for tag in history.series if re.match(r"val/[^/]+\[", tag)]
     losses = {"training": "train/loss", "held out": "val/loss"}
     shares = {"digit right": "val/digit_accuracy", "direction right": "val/direction_accuracy"}
     how = f" ({judged_how})" if judged_how else ""
@@ -263,7 +263,7 @@ def charts_of(history: History, *, judged_how: str = "") -> list[Chart]:
         *_over_minutes(history, f"Share of samples judged right{how}", shares, (0.0, 1.03)),
         *(
             chart
-            for tag in distances
-            for chart in _over_minutes(history, f"FID{tag[7:]} of samples{how}", {tag: tag})
+            for tag in judged
+            for chart in _over_minutes(history, f"{tag} of samples{how}", {tag: f"val/{tag}"})
         ),
     ]

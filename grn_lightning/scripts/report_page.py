@@ -179,7 +179,7 @@ class Page:
         for figure in figures:
             kinds = [kind for kind in KINDS if kind in figure.protocol]
             protocol = [part for part in figure.protocol if part not in kinds]
-            name = named(figure.name, figure.meaning, protocol)
+            name = named(figure.name, "; ".join([figure.meaning, *figure.caveats]), protocol)
             if kinds:
                 matrix.setdefault(name, {})[kinds[0]] = escape(figure.text)
             else:

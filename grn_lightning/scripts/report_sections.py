@@ -175,9 +175,10 @@ def build_page(stories: Sequence[Told]) -> Page:
     generators = [told for told in stories if told.run.stage == "generator"]
     tokenizers = [told for told in stories if told.run.stage == "tokenizer"]
     for told in generators:
-        if not told.evaluations:
+        shown = [one for one in told.evaluations if _pictures(one, "sample")]  # sets have none
+        if not shown:
             page.missing(f"No samples of {told.name} yet", told.evaluate_command)
-        for evaluation in told.evaluations:
+        for evaluation in shown:
             _add_samples(page, told, evaluation)
     page.heading("Numbers")
     for told in stories:

@@ -6,6 +6,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from grn_lightning.metrics import DIRECTIONS, DigitJudge
 from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.evaluate import EvaluationReport, evaluate
-from grn_lightning.scripts.records import Figure, read_evaluations
+from grn_lightning.scripts.records import Figure, figures_from_json, read_evaluations
 from tests.scripts.conftest import Runs
 from tests.shard_files import image_sample, write_split
 from tests.tiny_runs import TINY_TOKENIZER, call_grn
@@ -190,6 +191,7 @@ def test_every_number_comes_with_its_protocol(runs: Runs, digits: Path) -> None:
     generator = evaluate(runs.text, digits / "clips", refine=QUICK)
     for report in (tokenizer, generator):
         lines = [line for line in str(report).splitlines()[1:-1] if "left out" not in line]
+        lines = [line for line in lines if "samples span" not in line]
         table = next((n for n, line in enumerate(lines) if "bits/pixel  " in line), len(lines))
         for line in lines[table : table + 1]:
             assert re.fullmatch(r" +rounds +bits/pixel +PSNR\[6,val\] +SSIM\[6,val\]", line)
@@ -198,6 +200,23 @@ def test_every_number_comes_with_its_protocol(runs: Runs, digits: Path) -> None:
     costs = {f.name: f for f in generator.figures}
     assert costs["forwards/sample"].value == 2 * QUICK.num_steps  # both branches of every step
     assert costs["seconds/sample"].value > 0
+
+
+def test_distances_keep_their_protocol_and_caveats(runs: Runs, digits: Path) -> None:
+    report = evaluate(runs.text, digits / "clips", refine=QUICK)
+    told, caveat = str(report).splitlines(), "30 samples span at most 29 of 64 features"
+    for metric in ("FID", "rFID"):
+        [place] = [n for n, line in enumerate(told) if line.startswith(f"  {metric}[digits-cnn,")]
+        assert told[place + 1].startswith(f"    {caveat}")  # six clips of five frames
+    [record] = read_evaluations(runs.text)
+    stored = {row["name"]: row["measured"] for row in record["figures"]}
+    for metric in ("FID", "rFID"):
+        assert stored[metric]["caveats"][0].startswith(caveat)
+        protocol = stored[metric]["protocol"]
+        assert protocol["network"].startswith("digits-cnn-")
+        assert (protocol["num_samples"], protocol["reference"]) == (6, "the same of split val")
+    assert figures_from_json(record["figures"]) == list(report.figures)
+    assert record["weights"] == load_generator(runs.text).pipeline.hashes
 
 
 def test_the_table_over_rounds_holds_bits_beside_every_score(runs: Runs, digits: Path) -> None:
@@ -259,6 +278,9 @@ def test_fvd_is_the_distance_of_the_features_of_a_file(
             features.setdefault(name, []).append(_MeanColour()(large.transpose(0, 1)[None]))
     sets = {name: torch.cat(rows).double().numpy() for name, rows in features.items()}
     assert result[tag] == pytest.approx(frechet(sets["rebuilt"], sets["real"]), rel=1e-3, abs=1e-7)
+    [record] = read_evaluations(runs.tokenizer)
+    known = record["files"]["video_features"]
+    assert known == {"file": str(file), "sha256": sha256(file.read_bytes()).hexdigest()}
 
     file.write_bytes(b"not a network")
     with pytest.raises(ValueError, match="is no TorchScript file"):

@@ -17,7 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 from grn_lightning.media.images import encode_png
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts import report_page
+from grn_lightning.scripts.draw_plan import DrawOptions
 from grn_lightning.scripts.evaluate import evaluate
+from grn_lightning.scripts.evaluate_samples import evaluate_samples
 from grn_lightning.scripts.records import Figure, Picture, figures_from_json, read_evaluations
 from grn_lightning.scripts.report import report
 from grn_lightning.scripts.report_curves import charts_of, read_history, thin_out
@@ -120,6 +122,7 @@ def test_every_number_stands_there_with_its_protocol(evaluated: Runs, tmp_path: 
                 protocol = [part for part in figure.protocol if part not in kinds]
                 assert f"{figure.name}[{','.join(protocol)}]" in reader.text
                 assert figure.text in reader.text
+                assert all(caveat in reader.text for caveat in figure.caveats)
             assert record["data"] in reader.text
             assert record["command"] in reader.text
     for version in read_evaluations(evaluated.text)[0]["environment"].values():
@@ -151,6 +154,22 @@ def test_the_newest_version_that_has_a_checkpoint_is_told(runs: Runs, tmp_path: 
     result = report(tmp_path / "all", out=tmp_path / "report.html")
     assert result.runs == (folder / "version_1",)
     assert "<h1>t2v</h1>" in result.file.read_text()
+
+
+def test_a_run_whose_sets_were_judged_has_numbers_and_no_samples_yet(
+    runs: Runs, digits: Path, tmp_path: Path
+) -> None:
+    evaluate_samples(
+        runs.classes,
+        num_samples=10,
+        features="digits-cnn",
+        judge=digits / "judge.safetensors",
+        config=DrawOptions(refine=QUICK),
+    )
+    text = Reader(report(runs.classes, out=tmp_path / "report.html").file.read_text()).text
+    assert "IS[digits-cnn,10]" in text
+    assert f"No samples of {runs.classes.name} yet" in text
+    assert "none was picked" not in text
 
 
 def test_a_report_replaces_a_report_and_nothing_else(runs: Runs, tmp_path: Path) -> None:
@@ -257,9 +276,13 @@ def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_each_quantity_that_was_logged_has_its_chart(tmp_path: Path) -> None:
+    judged = [
+        f"{name}[adm,5k,truncate]"
+        for name in ("FID", "sFID", "IS", "KID", "precision", "recall", "FVD")
+    ]
     with SummaryWriter(str(tmp_path)) as writer:
         for step in (10, 20):
-            for tag in ("train/loss", "val/loss", "val/psnr", "val/fid[digits-cnn]"):
+            for tag in ("train/loss", "val/loss", "val/psnr", *(f"val/{name}" for name in judged)):
                 writer.add_scalar(tag, step, step)
             shares = ("digit_accuracy", "_accuracy/t0.0", "_accuracy/t0.9", "_accuracy/round0")
             for tag in (f"val{'' if name[0] == '_' else '/'}{name}" for name in shares):
@@ -274,7 +297,7 @@ def test_each_quantity_that_was_logged_has_its_chart(tmp_path: Path) -> None:
         "Share of right elements, held-out samples, by time t",
         "Share of right bits, held-out samples, by round",
         "Share of samples judged right (8 samples)",
-        "FID[digits-cnn] of samples (8 samples)",
+        *(f"{name} of samples (8 samples)" for name in judged),
     ]
     for chart in charts:
         assert chart.svg.startswith('<svg role="img"')
