@@ -8,7 +8,7 @@ number of processes nor an interruption changes them.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,7 @@ class FeatureJob(PartJob):
     part_size: int
     keeps_samples: bool
     title: str = "draw and judge"
+    _whole: set[int] = field(default_factory=set)  # parts whose samples were seen
 
     @property
     def samples_per_part(self) -> list[int]:
@@ -133,8 +134,21 @@ class FeatureJob(PartJob):
         return self.folder / PARTS / f"{number:05d}.safetensors"
 
     def has(self, number: int) -> bool:
-        """Whether a part is done."""
-        return self.file(number).is_file()
+        """Whether a part is done: its features, and where they are kept all of its samples."""
+        if not self.file(number).is_file():
+            return False
+        if self.keeps_samples and number not in self._whole:
+            suffix = ".png" if self.plan.size.num_frames == 1 else ".mp4"
+            numbers = self._numbers(number)
+            if not all((self.folder / SAMPLES / f"{n:05d}{suffix}").is_file() for n in numbers):
+                return False
+            self._whole.add(number)
+        return True
+
+    def _numbers(self, number: int) -> range:
+        """Return the samples of a part."""
+        first = number * self.part_size
+        return range(first, min(first + self.part_size, len(self.asked.values)))
 
     def start(self, device: torch.device) -> Callable[[int, Progress], None]:
         """Load generator and judges and return what does a part."""
@@ -144,8 +158,9 @@ class FeatureJob(PartJob):
         eyes = _Eyes(self.sources, self.judge, device)
 
         def do(number: int, progress: Progress) -> None:
-            first = number * self.part_size
-            rows = range(first, min(first + self.part_size, len(self.asked.values)))
+            rows = self._numbers(number)
+            first = rows.start
+            self.file(number).unlink(missing_ok=True)  # made without samples; until all are there
             wanted = self.asked.part(slice(rows.start, rows.stop))
             seen: dict[str, list[Tensor]] = {}
             for part in self.plan.draw(pipeline, wanted, rows, progress=progress):
