@@ -1,4 +1,7 @@
-"""Whether a checkpoint is whole, and one that a module could go on from; every byte is read."""
+"""Whether a checkpoint is whole, and one that a module could go on from.
+
+One process of a job reads every byte of it; the others look at sizes and settings only.
+"""
 
 import json
 import zipfile
@@ -10,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from grn_lightning.lit.saving import COMPLETE, sizes_of
+from grn_lightning.lit.saving import COMPLETE, checksum, sizes_of
 from grn_lightning.lit.shards import layout_of, load_part, require_whole
 
 NETWORKS = ("generator", "tokenizer", "backbone", "text_encoder")
@@ -31,15 +34,15 @@ class Saved:
     """What Lightning stores beside the weights."""
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a file that was not written to its end, or has changed since.
+def _check_archive(path: Path, reads_all: bool) -> None:
+    """Refuse a file that was not written to its end, or, if all is read, has changed since.
 
     Raises:
         ValueError: With the reason.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+        with zipfile.ZipFile(path) as archive:  # its table of contents stands at its end
+            broken = archive.testzip() if reads_all else None
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise ValueError("is cut off, or no checkpoint") from error
     if broken is not None:
@@ -57,8 +60,8 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_file(path: Path) -> dict[str, Any]:
-    _check_archive(path)
+def _check_file(path: Path, reads_all: bool) -> dict[str, Any]:
+    _check_archive(path, reads_all)
     content = _load(path)
     missing = [key for key in NEEDED if key not in content]
     if "state_dict" in missing:
@@ -68,23 +71,31 @@ def _check_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_noted(folder: Path) -> None:
-    """Compare a folder with the note of its files, if it has one."""
+def _check_noted(folder: Path, reads_all: bool) -> set[str]:
+    """Compare a folder with the note of its files; return those whose every byte was compared.
+
+    Notes of earlier versions hold sizes only, and older folders have none.
+    """
     if not (folder / COMPLETE).is_file():
-        return
-    noted, found = json.loads((folder / COMPLETE).read_text())["files"], sizes_of(folder)
-    for name, size in noted.items():
+        return set()
+    note, found = json.loads((folder / COMPLETE).read_text()), sizes_of(folder)
+    for name, size in note["files"].items():
         if name not in found:
             raise ValueError(f"is unfinished: '{name}' is missing")
         if found[name] != size:
             raise ValueError(f"is damaged: '{name}' has {found[name]:,} bytes, not {size:,}")
+    sums = note.get("crc32", {}) if reads_all else {}
+    for name, noted in sums.items():
+        if checksum(folder / name) != int(noted, 16):
+            raise ValueError(f"is damaged: '{name}' in it has another checksum")
+    return set(sums)
 
 
-def _check_folder(folder: Path) -> dict[str, Any]:
+def _check_folder(folder: Path, reads_all: bool) -> dict[str, Any]:
     layout = layout_of(folder)
     if layout is None:
         raise ValueError("is unfinished: the folder holds no checkpoint")
-    _check_noted(folder)
+    compared = _check_noted(folder, reads_all)
     parts = sorted(folder.rglob("*.pt"))
     try:
         require_whole(folder)
@@ -93,18 +104,19 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(f"is unfinished: {reason}") from error
     for path in parts:
         try:
-            _check_archive(path)
+            _check_archive(path, reads_all and str(path.relative_to(folder)) not in compared)
         except ValueError as error:
             raise ValueError(f"is unfinished: '{path.name}' {error}") from error
     first = next(path for path in parts if path.name.endswith(("model_states.pt", "meta.pt")))
     return load_part(first)
 
 
-def examine(path: Path) -> Saved:
-    """Read a checkpoint, all of its bytes, and return what it says about itself.
+def examine(path: Path, *, reads_all: bool = True) -> Saved:
+    """Read a checkpoint, and return what it says about itself.
 
     Args:
         path: A file, or the folder that a sharded strategy has written.
+        reads_all: Compare the checksums of all its bytes; else the sizes of its files.
 
     Raises:
         ValueError: With a reason that goes on after its name: "is cut off, or no checkpoint".
@@ -114,7 +126,8 @@ def examine(path: Path) -> Saved:
     if not path.exists():
         raise ValueError("does not exist")
     path = path.resolve() if path.is_symlink() else path
-    facts = _check_folder(path) if path.is_dir() else _check_file(path)
+    check = _check_folder if path.is_dir() else _check_file
+    facts = check(path, reads_all)
     if "global_step" not in facts:
         raise ValueError("does not tell its step")
     return Saved(path, int(facts["global_step"]), facts)

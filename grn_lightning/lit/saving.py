@@ -2,13 +2,15 @@
 
 A file is written under another name in the same folder, brought to the disk, and only then given
 its own: whoever is killed leaves the checkpoint before. A strategy that writes a folder (DeepSpeed,
-sharded FSDP: a file for each process) does the same with the folder, and a note of all its files
-and their sizes is written last. What is left of an unfinished save is overwritten by the next.
+sharded FSDP: a file for each process) does the same with the folder, and a note of all its files,
+their sizes and their checksums is written last. What is left of an unfinished save is overwritten
+by the next.
 """
 
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +19,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from grn_lightning.lit.shards import layout_of, read_shards
 
 COMPLETE = "complete.json"
-"""Written last into the folder of a checkpoint: its files and their sizes."""
+"""Written last into the folder of a checkpoint: its files, their sizes and their checksums."""
+
+_CHUNK = 2**24
 
 
 def unfinished_name(path: Path) -> Path:
@@ -32,6 +37,14 @@ def unfinished_name(path: Path) -> Path:
 def _set_aside(path: Path) -> Path:
     """Return where the folder of a checkpoint lies while its successor takes its name."""
     return path.with_name(f".{path.name}.old")
+
+
+def _make_way(path: Path) -> None:
+    """Remove what is left of a save that was interrupted, a file or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:
@@ -53,6 +66,8 @@ def replace_file(new: Path, path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Any]:
     """Give a binary stream whose bytes become the file when all of them are on the disk."""
     part = unfinished_name(path)
+    if part.is_dir():
+        _make_way(part)
     with part.open("wb") as stream:
         yield stream
         stream.flush()
@@ -63,7 +78,7 @@ def written_whole(path: Path) -> Iterator[Any]:
 def link(path: Path, target: Path) -> None:
     """Let a symbolic link point to a file or folder nearby, at no time to nothing."""
     part = unfinished_name(path)
-    part.unlink(missing_ok=True)
+    _make_way(part)
     part.symlink_to(os.path.relpath(target, path.parent))
     if path.is_dir() and not path.is_symlink():  # a folder does not give way to a link
         path.rename(_set_aside(path))
@@ -130,22 +145,50 @@ def sizes_of(folder: Path) -> dict[str, int]:
     }
 
 
-def note_complete(folder: Path, facts: Mapping[str, Any]) -> None:
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file, as in a zip archive."""
+    value, chunk = 0, memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as stream:
+        while length := stream.readinto(chunk):
+            value = zlib.crc32(chunk[:length], value)
+    return value
+
+
+def _checksums_together(folder: Path, strategy: Strategy) -> dict[str, int]:
+    """Sum up a folder's files, each process its share of them; to be called on every process.
+
+    A file that its process does not see yet is left to whoever needs it.
+    """
+    names = list(strategy.broadcast(list(sizes_of(folder))))
+    mine = torch.zeros(len(names), dtype=torch.int64, device=strategy.root_device)
+    for index in range(strategy.global_rank, len(names), strategy.world_size):  # type: ignore[attr-defined]
+        if (folder / names[index]).is_file():
+            mine[index] = checksum(folder / names[index]) + 1
+    sums = strategy.reduce(mine, reduce_op="sum").tolist()
+    return {name: value - 1 for name, value in zip(names, sums, strict=True) if value}
+
+
+def note_complete(
+    folder: Path, facts: Mapping[str, Any], sums: Mapping[str, int] | None = None
+) -> None:
     """Bring all files of a checkpoint to the disk, then write down which they are.
 
     Args:
         folder: Of the checkpoint.
-        facts: Plain data to be written beside the sizes.
+        facts: Plain data to be written beside sizes and checksums.
+        sums: Checksums of files; those of others are computed.
     """
-    sizes = sizes_of(folder)
+    sizes, known = sizes_of(folder), sums or {}
     for path in {folder, *(folder / name for name in sizes)}:
         to_disk(path)
+    crc32 = {name: known.get(name) or checksum(folder / name) for name in sizes}
     with written_whole(folder / COMPLETE) as stream:
-        stream.write(json.dumps({**facts, "files": sizes}, indent=1).encode())
+        note = {**facts, "files": sizes, "crc32": {name: f"{crc32[name]:08x}" for name in sizes}}
+        stream.write(json.dumps(note, indent=1).encode())
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Give a complete folder the name of another one, which is removed then.
+    """Give a complete folder, or a file, the name of a folder, which is removed then.
 
     No file system exchanges two folders at once. Between the two renames the new checkpoint lies
     complete under its other name, where `newest_valid` finds it.
@@ -175,17 +218,21 @@ def save_whole(trainer: L.Trainer, path: str | Path, *, weights_only: bool = Fal
     if not is_local(path):
         trainer.save_checkpoint(path, weights_only)
         return
-    path = Path(path)
+    path, strategy = Path(path), trainer.strategy
     part = unfinished_name(path)
-    if trainer.is_global_zero and part.is_dir():  # of a save that was interrupted
-        shutil.rmtree(part)
-    trainer.strategy.barrier("save_whole")
-    trainer.save_checkpoint(part, weights_only)
     if trainer.is_global_zero:
-        if part.is_dir():
+        _make_way(part)
+    strategy.barrier("save_whole")
+    trainer.save_checkpoint(part, weights_only)
+    is_folder = strategy.broadcast(part.is_dir())
+    sums = _checksums_together(part, strategy) if is_folder else {}
+    if trainer.is_global_zero:
+        if is_folder:
             facts = {"global_step": trainer.global_step, "world_size": trainer.world_size}
-            note_complete(part, facts)
+            note_complete(part, facts, sums)
+        if is_folder or path.is_dir() and not path.is_symlink():  # which no file replaces
             replace_folder(part, path)
         else:
             replace_file(part, path)
-    trainer.strategy.barrier("save_whole")
+            shutil.rmtree(_set_aside(path), ignore_errors=True)  # if it was killed there
+    strategy.barrier("save_whole")

@@ -1,7 +1,9 @@
 """Which checkpoint a run goes on from, and what is said about those that are passed over."""
 
+import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed.checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +28,7 @@ from grn_lightning.lit.resume import (
     run_folders,
     survey,
 )
-from grn_lightning.lit.saving import note_complete
+from grn_lightning.lit.saving import COMPLETE, note_complete
 from grn_lightning.lit.tokenizer import LitTokenizer
 from grn_lightning.models.tokenizer import TokenizerConfig
 from tests.tiny_runs import (
@@ -175,6 +178,45 @@ def test_a_folder_that_differs_from_its_note_is_passed_over(tmp_path):
     (folder / "latest").unlink()
     with pytest.raises(ValueError, match="^is unfinished: 'latest' is missing"):
         examine(folder)
+
+
+def fsdp_folder(path: Path, step: int) -> Path:
+    """Write a folder as FSDP does on one process: the weights are in no archive."""
+    save_parts(path, step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*save.* in a single process")
+        state = {"state_dict": content(step)["state_dict"]}
+        torch.distributed.checkpoint.save(state, checkpoint_id=path, no_dist=True)
+    return path
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_weights_outside_of_archives_have_checksums(tmp_path, is_old):
+    folder = fsdp_folder(tmp_path / "last.ckpt", 6)
+    note_complete(folder, {"global_step": 6})
+    if is_old:
+        note = json.loads((folder / COMPLETE).read_text())
+        del note["crc32"]
+        (folder / COMPLETE).write_text(json.dumps(note))
+    assert examine(folder).step == 6
+    flip(folder / "__0_0.distcp")
+    assert examine(folder, reads_all=False).step == 6
+    if is_old:
+        assert examine(folder).step == 6  # sizes are all that it has noted
+        return
+    with pytest.raises(ValueError, match="^is damaged: '__0_0.distcp' in it has another checksum"):
+        examine(folder)
+
+
+def test_sizes_are_compared_where_bytes_are_not(tmp_path):
+    folder, file = fsdp_folder(tmp_path / "a.ckpt", 6), save(tmp_path / "b.ckpt", 7)
+    note_complete(folder, {})
+    for path in (folder / "__0_0.distcp", file):
+        cut(path)
+    with pytest.raises(ValueError, match="^is damaged: '__0_0.distcp' has .* bytes, not"):
+        examine(folder, reads_all=False)
+    with pytest.raises(ValueError, match="^is cut off"):
+        examine(file, reads_all=False)
 
 
 def test_an_empty_folder_is_unfinished(tmp_path):

@@ -8,8 +8,11 @@ import contextlib
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +23,11 @@ from grn_lightning.lit import saving
 from grn_lightning.lit.saving import (
     COMPLETE,
     WholeCheckpointIO,
+    checksum,
     link,
     note_complete,
     replace_folder,
+    save_whole,
     sizes_of,
     unfinished_name,
 )
@@ -171,11 +176,103 @@ def test_a_folder_is_the_old_one_or_the_new_one_under_one_of_two_names(tmp_path)
             assert len(steps_of(place)) == 1
 
 
-def test_the_note_names_every_file_and_its_size(tmp_path):
+def test_the_note_names_every_file_its_size_and_its_checksum(tmp_path):
     write_parts(tmp_path / "x.ckpt", 1, number=3)
+    sums = {
+        name: f"{zlib.crc32((tmp_path / 'x.ckpt' / name).read_bytes()):08x}"
+        for name in ("part_0.pt", "part_1.pt", "part_2.pt")
+    }
     note_complete(tmp_path / "x.ckpt", {"global_step": 7})
     note = json.loads((tmp_path / "x.ckpt" / COMPLETE).read_text())
     assert note == {
         "global_step": 7,
         "files": {"part_0.pt": 100, "part_1.pt": 101, "part_2.pt": 102},
+        "crc32": sums,
     }
+
+
+def test_a_checksum_is_that_of_all_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "_CHUNK", 7)
+    content = bytes(range(100))
+    (tmp_path / "file").write_bytes(content)
+    assert checksum(tmp_path / "file") == zlib.crc32(content)
+
+
+class Ranks(SimpleNamespace):
+    """A strategy of two processes, of which this is the first; the other one sees no files."""
+
+    global_rank, world_size, root_device = 0, 2, torch.device("cpu")
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def barrier(self, name: str) -> None:
+        pass
+
+    def reduce(self, mine: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "sum"
+        assert [value > 0 for value in mine.tolist()] == [True, False, True]
+        return mine
+
+
+def trainer_writing(kind: str, step: int) -> Any:
+    """A trainer whose strategy writes files or folders."""
+
+    def save(path: Path, weights_only: bool) -> None:
+        if kind == "folder":
+            write_parts(path, step, number=3)
+        else:
+            WholeCheckpointIO().save_checkpoint({"step": step}, path)
+
+    return SimpleNamespace(
+        strategy=Ranks(checkpoint_io=None),
+        is_global_zero=True,
+        global_step=step,
+        world_size=2,
+        save_checkpoint=save,
+    )
+
+
+def test_what_no_other_process_sees_is_summed_up_by_the_first(tmp_path):
+    save_whole(trainer_writing("folder", 3), tmp_path / "last.ckpt")
+    noted = json.loads((tmp_path / "last.ckpt" / COMPLETE).read_text())["crc32"]
+    assert noted.keys() == {"part_0.pt", "part_1.pt", "part_2.pt"}
+    assert all(
+        int(value, 16) == checksum(tmp_path / "last.ckpt" / name) for name, value in noted.items()
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [("folder", "file"), ("file", "folder")])
+def test_a_file_and_a_folder_give_way_to_each_other(tmp_path, before, after):
+    """As when a run goes on with a strategy that stores in another way, at any kill."""
+
+    def make(folder: Path) -> None:
+        save_whole(trainer_writing(before, 1), folder / "last.ckpt")
+        left = unfinished_name(folder / "last.ckpt")  # of an interrupted save
+        if before == "folder":
+            write_parts(left, 1)
+        else:
+            left.write_bytes(b"half")
+
+    def save(folder: Path) -> None:
+        save_whole(trainer_writing(after, 2), folder / "last.ckpt")
+
+    for folder in killed_everywhere(save, make, tmp_path):
+        places = (folder / "last.ckpt", unfinished_name(folder / "last.ckpt"))
+        whole = [
+            place for place in places if (place / COMPLETE).is_file() or zipfile.is_zipfile(place)
+        ]
+        assert whole
+        save(folder)  # what was left behind is in nobody's way
+        assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+        assert (folder / "last.ckpt").is_dir() == (after == "folder")
+
+
+def test_a_link_and_a_file_do_not_stumble_over_a_folder_that_was_left(tmp_path):
+    write_parts(tmp_path / "step=1.ckpt", 1)
+    write_parts(unfinished_name(tmp_path / "last.ckpt"), 1)
+    link(tmp_path / "last.ckpt", tmp_path / "step=1.ckpt")
+    assert (tmp_path / "last.ckpt").resolve() == tmp_path / "step=1.ckpt"
+    write_parts(unfinished_name(tmp_path / "step=2.ckpt"), 1)
+    WholeCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "step=2.ckpt")
+    assert zipfile.is_zipfile(tmp_path / "step=2.ckpt")
