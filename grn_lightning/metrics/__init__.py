@@ -1,5 +1,7 @@
 """Judges: reconstruction, code usage, sets of samples by a protocol, the embedded digits."""
 
+from grn_lightning.metrics.clip import ClipFeatures as ClipFeatures
+from grn_lightning.metrics.clip import ClipScore as ClipScore
 from grn_lightning.metrics.codes import CodeAlarms as CodeAlarms
 from grn_lightning.metrics.codes import CodeReport as CodeReport
 from grn_lightning.metrics.codes import CodeStatistics as CodeStatistics

@@ -101,6 +101,20 @@ class ClipFeatures(nn.Module):
             return self.model.encode_text(self.tokenizer(list(captions)).to(device))
 
 
+def caption_scores(features: ClipFeatures, images: Tensor, captions: Sequence[str]) -> Tensor:
+    """Return 100 times the cosine of picture and caption, negative ones as 0, `(b,)` float64.
+
+    Args:
+        features: Both towers.
+        images: What they return of the frames of clips, `(b f, d)`; a clip scores their mean.
+        captions: b of them.
+    """
+    images = nn.functional.normalize(images.double(), dim=1)
+    texts = nn.functional.normalize(features.texts(captions).double(), dim=1)
+    cosine = torch.einsum("bfd,bd->bf", images.unflatten(0, (len(captions), -1)), texts)
+    return 100 * cosine.clamp(min=0).mean(1)
+
+
 class ClipScore(Metric):
     """100 times the cosine of picture and caption, negative ones as 0, mean over samples.
 
@@ -142,10 +156,7 @@ class ClipScore(Metric):
             clips, captions = clips[kept], [captions[index] for index in kept]
         if not len(clips):
             return
-        images = nn.functional.normalize(self.features(clips).double(), dim=1)
-        texts = nn.functional.normalize(self.features.texts(captions).double(), dim=1)
-        cosine = torch.einsum("bfd,bd->bf", images.unflatten(0, (len(clips), -1)), texts)
-        self.total += 100 * cosine.clamp(min=0).mean(1).sum()
+        self.total += caption_scores(self.features, self.features(clips), captions).sum()
         self.weight += len(clips)
 
     def compute(self) -> Tensor:

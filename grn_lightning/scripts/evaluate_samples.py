@@ -1,14 +1,15 @@
 """`grn evaluate samples`: draw many samples, on any number of processes, and judge the set."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.metrics import DigitJudge, Measurement, ReferenceStatistics
-from grn_lightning.metrics.protocols import metric_name
+from grn_lightning.metrics.protocols import CONVENTIONS, Rounding, metric_name
 from grn_lightning.scripts.asking import Asked, what_to_ask
 from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan, fingerprint
 from grn_lightning.scripts.opening import open_drawer
@@ -25,7 +26,14 @@ from grn_lightning.scripts.records import (
 )
 from grn_lightning.scripts.runs import TrainedRun, choose_device, file_hash
 from grn_lightning.scripts.sample_features import Extracted, FeatureJob, FeatureSource
-from grn_lightning.scripts.sample_scores import Compared, costs, measure, shares
+from grn_lightning.scripts.sample_scores import (
+    Compared,
+    costs,
+    has_numbers,
+    left_out,
+    measure,
+    shares,
+)
 
 _OPTIONS = DrawOptions()
 _RESULT_FILE = "result.json"
@@ -37,6 +45,7 @@ _MEANINGS = {
     "kid": "kernel distance of pictures to real ones; 0 is the same distribution",
     "precision": "share of samples that lie among real ones",
     "recall": "share of real ones that lie among samples",
+    "clip_score": "how well samples fit their captions; higher is better",
 }
 
 
@@ -54,6 +63,8 @@ class SetReport:
     """Folder of the parts, the samples if they are kept, and the result."""
     file: Path
     """All that is needed to repeat the numbers."""
+    left_out: tuple[str, ...] = ()
+    """What could not be had, and why."""
 
     def __str__(self) -> str:
         """List the numbers with their protocol, one a line, as other programs may read them."""
@@ -62,6 +73,8 @@ class SetReport:
             lines.append(str(measurement))
             lines += [f"  {caveat}" for caveat in measurement.caveats]
         lines += [f"{figure.tag}={figure.text}" for figure in self.figures]
+        if self.left_out:
+            lines.append(f"  left out: {'; '.join(self.left_out)}")
         return "\n".join([*lines, f"all that is needed to repeat them is in '{self.file}'"])
 
 
@@ -80,7 +93,12 @@ def _one_or_each(name: str, given: Sequence[Path], count: int) -> list[Path | No
 
 
 def _compared(
-    names: Sequence[str], weights: Sequence[Path], references: Sequence[Path], judge: Path | None
+    names: Sequence[str],
+    weights: Sequence[Path],
+    references: Sequence[Path],
+    *,
+    judge: Path | None,
+    rounding: Rounding | None,
 ) -> list[Compared]:
     """Open features and references, each network once, before anything is drawn.
 
@@ -89,13 +107,19 @@ def _compared(
     """
     if len(set(names)) < len(names):
         raise ValueError(f"`features` must be different ones, got {list(names)}.")
+    if rounding is not None and not set(names) & set(CONVENTIONS):
+        raise ValueError(
+            f"`rounding` is of the Inception, {', '.join(CONVENTIONS)}, which is not among the "
+            f"`features` {', '.join(names)}."
+        )
     files = _one_or_each("feature_weights", weights, len(names))
     found = []
     for name, file, path in zip(
         names, files, _one_or_each("reference", references, len(names)), strict=True
     ):
         file = judge if name == DigitJudge.name and file is None else file
-        features = Extracted.look(FeatureSource(name, file))
+        how = rounding if name in CONVENTIONS else None
+        features = Extracted.look(FeatureSource(name, file, how))
         reference = None
         if path is not None:
             reference = ReferenceStatistics.read(path, protocol=features.protocol)
@@ -161,6 +185,7 @@ def _record(
         ],
         "measurements": [one.as_dict() for one in report.measurements],
         "figures": figures_as_json([*_as_figures(report.measurements), *report.figures]),
+        "left_out": list(report.left_out),
         "costs": costs(job),
         "psnr_by_rounds": [],
         "pictures": [],
@@ -200,6 +225,7 @@ def evaluate_samples(
     features: list[str] | str = "torch_fidelity",
     reference: list[Path] | Path | None = None,
     feature_weights: list[Path] | Path | None = None,
+    rounding: Literal["round", "truncate"] | None = None,
     judge: Path | None = None,
     out: Path | None = None,
     part_size: int = 256,
@@ -226,6 +252,8 @@ def evaluate_samples(
             `.npz` of ADM or JiT, or what `grn evaluate stats` has written.
         feature_weights: File of the weights behind them, for each or for all; for the Inception by
             default the one in torch hub's cache, for digits that of the judge.
+        rounding: How samples become bytes for the Inception; by default as the protocol does it.
+            `adm` truncates, as ADM and VAR do; DiT and LlamaGen use its evaluator and `round`.
         judge: Judge of the embedded set, which also reads whether samples show what was asked for.
         out: Folder of the parts and the result; by default one in the run's folder, by a hash of
             all that decides the parts.
@@ -242,7 +270,9 @@ def evaluate_samples(
     names = _as_list(features)
     if judge is not None and not judge.is_file():
         raise ValueError(f"no judge at '{judge}'; `grn digits` writes one beside the embedded set.")
-    compared = _compared(names, _as_list(feature_weights), _as_list(reference), judge)
+    compared = _compared(
+        names, _as_list(feature_weights), _as_list(reference), judge=judge, rounding=rounding
+    )
     opened = open_drawer(
         checkpoint, config.weights, folder=config.weights_folder, tokenizer=config.tokenizer
     )
@@ -264,6 +294,13 @@ def evaluate_samples(
     sources = [one.features.source for one in compared]
     job = FeatureJob(folder, plan, asked, sources, judge, part_size, keep_samples)
     del opened  # every process opens its own
+    missing = left_out(job, compared)
+    if not has_numbers(job, compared):
+        warnings.warn(
+            f"these samples will have no number ({'; '.join(missing)}); their features are kept, "
+            "and the same command with a `--reference` judges them without drawing again.",
+            stacklevel=2,
+        )
     if not do_parts(job, devices=config.devices, device=config.device):
         return None
 
@@ -275,6 +312,7 @@ def evaluate_samples(
         figures=(*shares(job), *_device_tag(job, spent, device.type)),
         folder=folder,
         file=folder / _RESULT_FILE,
+        left_out=tuple(missing),
     )
     record = _record(
         job,

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from grn_lightning.datasets.manifest import atomic_file
-from grn_lightning.metrics import DigitJudge
+from grn_lightning.metrics import ClipFeatures, DigitJudge
+from grn_lightning.metrics.clip import caption_scores
 from grn_lightning.metrics.extractors import build_extractor
 from grn_lightning.metrics.features import distance_name, extract, protocol_of
-from grn_lightning.metrics.protocols import Protocol
+from grn_lightning.metrics.protocols import Protocol, Rounding
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.scripts.asking import Asked
 from grn_lightning.scripts.draw_plan import DrawPlan
@@ -42,6 +43,8 @@ class FeatureSource:
     """As `metrics.extractors.FEATURES` has it."""
     file: Path | None
     """File of the weights; None looks where they are usually cached."""
+    rounding: Rounding | None = None
+    """How samples become bytes, if not as the protocol does it; of the Inception only."""
 
     def load(self) -> nn.Module:
         """Load the network.
@@ -49,7 +52,7 @@ class FeatureSource:
         Raises:
             ValueError: If there are no such features, or the file is not what it should be.
         """
-        return build_extractor(self.name, self.file)
+        return build_extractor(self.name, self.file, rounding=self.rounding)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Extracted:
     """Width of the spatial features, if there are any."""
     num_classes: int | None = None
     """Number of logits, if there are any."""
+    reads_captions: bool = False
+    """Whether the network also reads texts, for a CLIP score."""
 
     @classmethod
     def look(cls, source: FeatureSource) -> "Extracted":
@@ -78,8 +83,15 @@ class Extracted:
         """
         network: Any = source.load()
         metric = distance_name(network)
-        widths = (getattr(network, name, None) for name in ("num_spatial", "num_classes"))
-        return cls(source, protocol_of(network), network.num_features, metric, *widths)
+        return cls(
+            source,
+            protocol_of(network),
+            network.num_features,
+            metric,
+            num_spatial=getattr(network, "num_spatial", None),
+            num_classes=getattr(network, "num_classes", None),
+            reads_captions=isinstance(network, ClipFeatures),
+        )
 
     @property
     def name(self) -> str:
@@ -91,6 +103,8 @@ class Extracted:
         facts = {key: getattr(self.protocol, key) for key in ("rounding", "resize", "network")}
         if self.source.file is not None:
             facts["sha256"] = file_hash(self.source.file)
+        if self.reads_captions:
+            facts["captions"] = "scored"
         return facts
 
 
@@ -167,7 +181,9 @@ class FeatureJob(PartJob):
                 if self.keeps_samples:
                     self._keep(part, first, pipeline)
                 assert part.clips is not None, "parts are decoded unless asked not to be"
-                for name, tensor in {**eyes.see(part.clips), **_costs(part)}.items():
+                shown = [self.asked.values[first + row] for row in part.rows]
+                captions = shown if self.asked.field == "captions" else None
+                for name, tensor in {**eyes.see(part.clips, captions), **_costs(part)}.items():
                     seen.setdefault(name, []).append(tensor.cpu().contiguous())
             joined = {name: torch.cat(tensors) for name, tensors in seen.items()}
             facts = {"first": str(first), "count": str(len(rows))}
@@ -221,6 +237,11 @@ def _costs(part: DrawnPart) -> dict[str, Tensor]:
     }
 
 
+def score_name(features: str) -> str:
+    """Return the name in parts of how well samples fit their captions."""
+    return f"{features}/clip_score"
+
+
 class _Eyes:
     """All networks that look at samples."""
 
@@ -231,14 +252,20 @@ class _Eyes:
         self.judge = None if judge is None else DigitJudge.load(judge).to(device)
 
     @torch.no_grad()
-    def see(self, clips: Tensor) -> dict[str, Tensor]:
-        """Return features and readings of clips `(b, 3, f, h, w)` in [-1, 1], by name."""
+    def see(self, clips: Tensor, captions: Sequence[str] | None) -> dict[str, Tensor]:
+        """Return features and readings of clips `(b, 3, f, h, w)` in [-1, 1], by name.
+
+        Where captions were asked for, networks that read them score how well the clips fit.
+        """
         found: dict[str, Tensor] = {}
         for extractor in self.extractors:
             features = extract(extractor, clips)
             for kind, tensor in features._asdict().items():
                 if tensor is not None:
                     found[f"{extractor.name}/{kind}"] = tensor.float()
+            if captions is not None and isinstance(extractor, ClipFeatures):
+                scores = caption_scores(extractor, features.pooled, captions)
+                found[score_name(extractor.name)] = scores
         if self.judge is not None:
             found["digit"] = self.judge.classify(clips)
             if clips.shape[2] > 1:

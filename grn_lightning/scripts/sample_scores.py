@@ -15,12 +15,16 @@ from grn_lightning.metrics.generation import (
     GENERATION_METRICS,
     GenerationConfig,
     GenerationMetrics,
+    impossible_metrics,
+    of_samples,
 )
-from grn_lightning.metrics.protocols import short_count
+from grn_lightning.metrics.protocols import metric_name, short_count
 from grn_lightning.scripts.asking import Asked
 from grn_lightning.scripts.judging import MEANINGS, asked_directions
 from grn_lightning.scripts.records import Figure
-from grn_lightning.scripts.sample_features import Described, Extracted, FeatureJob
+from grn_lightning.scripts.sample_features import Described, Extracted, FeatureJob, score_name
+
+_COMPARING = ("fid", "sfid", "kid", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -39,27 +43,61 @@ class Compared:
             require_width(self.reference, self.features.num_features)
 
 
-def _metrics_of(compared: Compared) -> tuple[str, ...]:
-    """Return what can be had with these features and this reference."""
-    reference, features = compared.reference, compared.features
-    is_possible = {
-        "fid": reference is not None,
-        "sfid": reference is not None and reference.spatial is not None and features.num_spatial,
-        "is": features.num_classes,
-        "kid": reference is not None and reference.features is not None,
-    }
-    is_possible["precision"] = is_possible["recall"] = is_possible["kid"]
-    return tuple(name for name in GENERATION_METRICS if is_possible[name])
+def _config(job: FeatureJob, compared: Compared) -> GenerationConfig:
+    """Return what is measured if it can be."""
+    frames = 1 if compared.features.metric == "fvd" else job.plan.size.num_frames
+    return GenerationConfig(num_samples=len(job.asked.values), frames_per_sample=frames)
+
+
+def _has_score(job: FeatureJob, compared: Compared) -> bool:
+    return compared.features.reads_captions and job.asked.field == "captions"
+
+
+def _reasons(job: FeatureJob, compared: Compared) -> dict[str, str]:
+    """Return the metrics that cannot be had with these features and this reference, with why."""
+    features, reference = compared.features, compared.reference
+    found: dict[str, str] = {}
+    if reference is None:
+        found = dict.fromkeys(_COMPARING, "there is no `--reference`")
+    elif reference.features is None:
+        why = f"{reference.label} keeps no features (`grn evaluate stats --keep`)"
+        found = dict.fromkeys(("kid", "precision", "recall"), why)
+    found |= impossible_metrics(Described(features), _config(job, compared), reference)
+    if features.reads_captions and not _has_score(job, compared):
+        found["clip_score"] = "no captions are drawn"
+    order = (*GENERATION_METRICS, "clip_score")
+    return {name: found[name] for name in order if name in found}
+
+
+def left_out(job: FeatureJob, compared: Sequence[Compared]) -> list[str]:
+    """Return what cannot be had of the samples, drawn or not, a phrase for every reason."""
+    found = []
+    for one in compared:
+        names: dict[str, list[str]] = {}
+        for metric, why in _reasons(job, one).items():
+            name = metric_name(one.features.metric if metric == "fid" else metric)
+            names.setdefault(why, []).append(name)
+        found += [
+            f"{', '.join(those)} of {one.features.name}: {why}" for why, those in names.items()
+        ]
+    return found
+
+
+def has_numbers(job: FeatureJob, compared: Sequence[Compared]) -> bool:
+    """Whether any number will follow from the samples, besides what they cost."""
+    return bool(_readable(job)) or any(
+        _has_score(job, one) or set(GENERATION_METRICS) - set(_reasons(job, one))
+        for one in compared
+    )
 
 
 def _measured(job: FeatureJob, compared: Compared) -> list[Measurement]:
     """Add features up in the order of the parts and return what follows from them."""
-    metrics, features = _metrics_of(compared), compared.features
+    reasons, features = _reasons(job, compared), compared.features
+    metrics = tuple(name for name in GENERATION_METRICS if name not in reasons)
     if not metrics:
         return []
-    count = len(job.asked.values)
-    frames = 1 if features.metric == "fvd" else job.plan.size.num_frames
-    config = GenerationConfig(num_samples=count, metrics=metrics, frames_per_sample=frames)
+    config = replace(_config(job, compared), metrics=metrics)
     judge = GenerationMetrics(Described(features), config, compared.reference)
     names = {kind: f"{features.name}/{kind}" for kind in Features._fields}
     first = 0
@@ -68,13 +106,20 @@ def _measured(job: FeatureJob, compared: Compared) -> list[Measurement]:
         seen: Any = {kind: tensors.get(name) for kind, name in names.items()}
         judge.update_features(Features(**seen), real=False, sample_index=number)
         first += len(number)
-    return [_renamed(one, features.metric, frames) for one in judge.compute()]
+    frames = config.frames_per_sample
+    return [
+        of_samples(one, distance=features.metric, frames_per_sample=frames)
+        for one in judge.compute()
+    ]
 
 
-def _renamed(one: Measurement, metric: str, frames: int) -> Measurement:
-    """Call a distance by its name, and count clips where their frames were compared."""
-    protocol = one.protocol.with_samples(one.protocol.num_samples // frames)
-    return replace(one, metric=metric if one.metric == "fid" else one.metric, protocol=protocol)
+def _caption_score(job: FeatureJob, compared: Compared) -> list[Measurement]:
+    if not _has_score(job, compared):
+        return []
+    name = score_name(compared.features.name)
+    scores = torch.cat([tensors[name] for tensors in job.read([name, "num_steps"])])
+    protocol = compared.features.protocol.with_samples(len(scores), reference="captions")
+    return [Measurement(metric="clip_score", value=_mean(scores), protocol=protocol)]
 
 
 def measure(job: FeatureJob, compared: Sequence[Compared]) -> list[Measurement]:
@@ -83,7 +128,9 @@ def measure(job: FeatureJob, compared: Sequence[Compared]) -> list[Measurement]:
     Raises:
         ValueError: If a part is damaged.
     """
-    return [number for one in compared for number in _measured(job, one)]
+    return [
+        number for one in compared for number in (*_measured(job, one), *_caption_score(job, one))
+    ]
 
 
 # --- what the judge of the embedded set reads -----------------------------------------------------
@@ -94,6 +141,13 @@ def _asked_for(asked: Asked) -> dict[str, Tensor | None]:
     directions = asked_directions([str(value) for value in asked.values])
     digits = None if asked.labels is None else torch.tensor(asked.labels)
     return {"digit": digits, "direction": directions if asked.field == "captions" else None}
+
+
+def _readable(job: FeatureJob) -> set[str]:
+    """Return what the judge reads and the conditions tell."""
+    known = {name for name, asked in _asked_for(job.asked).items() if asked is not None}
+    shown = {"digit", "direction"} if job.plan.size.num_frames > 1 else {"digit"}
+    return set() if job.judge is None else known & shown
 
 
 def shares(job: FeatureJob) -> list[Figure]:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from tests.clip_files import write_clip
+
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,3 +29,9 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         nn.init.zeros_(network.fc.bias)
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP with random weights."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "small")

@@ -1,6 +1,5 @@
 """Features of networks that a user has as a file, on small random ones."""
 
-import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grn_lightning.media.images import to_float, to_picture
@@ -21,11 +19,6 @@ from grn_lightning.metrics.features import extract, protocol_of
 from grn_lightning.metrics.video_features import VideoFeatures
 
 CAPTIONS = ["the digit seven moves left", "a cat", "two dogs"]
-SMALL_CLIP = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 
 
 def clips(b: int, *, f: int = 1, size: int = 20) -> Tensor:
@@ -33,17 +26,6 @@ def clips(b: int, *, f: int = 1, size: int = 20) -> Tensor:
 
 
 # --- CLIP -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip") / "small"
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL_CLIP}))
-    model = open_clip.CLIP(**SMALL_CLIP)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +61,7 @@ def test_the_clip_score_is_the_mean_cosine_of_frames_and_captions(
     texts = clip_features.texts(CAPTIONS).double()
     cosines = torch.cosine_similarity(images, texts[:, None], dim=2)
     measured = metric.measure()
-    assert measured.value == pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-9)
+    assert measured.value == pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-6)
     assert measured.tag == "CLIP score[clip-small,3,round]"
     with pytest.raises(ValueError, match="3 clips need as many captions, got 2"):
         metric.update(shown, CAPTIONS[:2])

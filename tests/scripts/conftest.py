@@ -8,6 +8,7 @@ import pytest
 
 from grn_lightning.datasets.digits import build_digits, load_scans
 from grn_lightning.metrics import DigitJudge
+from tests.clip_files import write_clip
 from tests.tiny_runs import (
     TINY_DIGITS,
     callback,
@@ -60,3 +61,9 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def runs(trained: Runs, tmp_path: Path) -> Runs:
     """Copies of the runs, to be written to."""
     return Runs(*(shutil.copytree(run, tmp_path / run.name) for run in trained))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP with random weights."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "small")

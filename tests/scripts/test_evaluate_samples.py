@@ -16,13 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.lit.callbacks import DigitFeatures
 from grn_lightning.lit.generator import load_generator
 from grn_lightning.media.images import decode_image, to_float
-from grn_lightning.metrics import DigitJudge, FeatureSums, ReferenceStatistics
-from grn_lightning.metrics.features import protocol_of
+from grn_lightning.metrics import (
+    CONVENTIONS,
+    ClipFeatures,
+    DigitJudge,
+    Features,
+    FeatureSums,
+    ReferenceStatistics,
+    extractors,
+)
+from grn_lightning.metrics.features import protocol_of, to_bytes, to_frames
 from grn_lightning.samplers import AdaptiveSteps, RefineConfig
 from grn_lightning.scripts.asking import balanced_classes
 from grn_lightning.scripts.draw_plan import DrawOptions
@@ -201,18 +211,24 @@ def test_captions_come_from_shards_or_from_a_file(
 
 
 def test_a_number_never_comes_without_its_protocol(
-    runs: Runs, judged: Callable[..., SetReport]
+    runs: Runs, judged: Callable[..., SetReport], reference: Path
 ) -> None:
     report = judged(runs.classes)
     told = str(report).splitlines()
     assert re.fullmatch(r"FID\[digits-cnn,20\]=[0-9.e+-]+", told[1])
     assert "20 samples span at most 19 of 64 features" in told[2]
-    for line in told[3:-1]:
+    label = ReferenceStatistics.read(reference).label
+    assert told[-2] == (
+        "  left out: sFID of digits-cnn: digits-cnn has no spatial features; KID, precision, "
+        f"recall of digits-cnn: {label} keeps no features (`grn evaluate stats --keep`)"
+    )
+    for line in told[3:-2]:
         assert re.fullmatch(r"\w[^\[]*\[.*(20|steps|scale 2|batch 4).*\]=.*", line), line
 
     record = json.loads(report.file.read_text())
     stored = read_evaluations(runs.classes)[-1]
     assert stored["measurements"] == record["measurements"]
+    assert record["left_out"] == list(report.left_out)
     one, score = record["measurements"]
     assert (one["metric"], score["tag"]) == ("fid", "IS[digits-cnn,20]")
     [listed] = record["references"]
@@ -230,6 +246,105 @@ def test_a_number_never_comes_without_its_protocol(
     again = call_grn(*shlex.split(record["command"])[1:], "--out", report.folder.parent / "again")
     assert values(again) == values(report)
     assert tell(open_run(runs.classes)).evaluations[0]["measurements"] == record["measurements"]
+
+
+class Grey(nn.Module):
+    """Stands for an Inception that is fed by a protocol: means of levels, and two classes."""
+
+    num_features, num_classes, resize = 2, 2, "tensorflow"
+
+    def __init__(self, weights: Path | None, *, protocol: str, rounding: str | None = None) -> None:
+        super().__init__()
+        self.name, self.rounding = protocol, rounding or CONVENTIONS[protocol].rounding
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.extract(clips).pooled
+
+    def extract(self, clips: Tensor) -> Features:
+        levels = to_bytes(to_frames(clips), self.rounding).double()
+        pooled = torch.stack([levels.mean((1, 2, 3)), levels.std((1, 2, 3))], 1)
+        return Features(pooled.float(), logits=pooled.float() / 20)
+
+
+def test_samples_are_rounded_as_the_publication_does(
+    runs: Runs, judged: Callable[..., SetReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DiT and LlamaGen take the evaluator of ADM, but do not truncate."""
+    monkeypatch.setattr(extractors, "InceptionFeatures", Grey)
+    options = {"features": ["adm", "digits-cnn"], "reference": None}
+    usual, rounded = (
+        judged(runs.classes, str(rounding), rounding=rounding, **options)
+        for rounding in (None, "round")
+    )
+    assert usual.measurements[0].tag == "IS[adm,20,truncate]"
+    assert rounded.measurements[0].tag == "IS[adm,20,round]"
+    assert usual.measurements[0].value != rounded.measurements[0].value
+    assert usual.measurements[1] == rounded.measurements[1]  # of digits, which has no bytes
+    plans = [json.loads((one.folder / "plan.json").read_text()) for one in (usual, rounded)]
+    assert [plan["features"]["adm"]["rounding"] for plan in plans] == ["truncate", "round"]
+    parts = [load_file(one.folder / "parts" / "00000.safetensors") for one in (usual, rounded)]
+    gap = parts[1]["adm/pooled"][:, 0] - parts[0]["adm/pooled"][:, 0]
+    assert gap.mean() == pytest.approx(0.5, abs=0.1)  # a level is half a level darker on average
+    with pytest.raises(ValueError, match="`rounding` is of the Inception, torch_fidelity, adm"):
+        judged(runs.classes, "c", rounding="round")
+
+
+def test_captions_are_scored_by_a_network_that_reads_them(
+    runs: Runs, digits: Path, judged: Callable[..., SetReport], clip_folder: Path
+) -> None:
+    """An oracle: the cosines of all clips, drawn at once, in open_clip's own terms."""
+    options = {"features": f"clip:local-dir:{clip_folder}", "reference": None, "judge": None}
+    asked = {"conditions": digits / "clips", "num_samples": None, "part_size": 4}
+    config = replace(QUICK, batch_size=3)
+    report = judged(runs.text, "a", config=config, **options, **asked)
+    [score] = report.measurements
+    assert score.tag == "CLIP score[clip-small,6,round]"
+    assert score.protocol.reference == "captions"
+    shards = ShardSet.open(digits / "clips", "val")
+    captions = [shards.read(n, ("txt",)).fields["txt"].decode() for n in range(6)]
+    module = load_generator(runs.text)
+    size = json.loads(report.file.read_text())["size"]
+    clips = module.draw_clips(
+        {"captions": captions}, torch.arange(6), size=tuple(size), config=QUICK.refine, seed=5
+    )
+    both = ClipFeatures(f"local-dir:{clip_folder}")
+    images = both(clips).unflatten(0, (6, -1)).double()
+    cosines = torch.cosine_similarity(images, both.texts(captions).double()[:, None], dim=2)
+    assert score.value == pytest.approx(100 * cosines.clamp(min=0).mean().item(), rel=1e-4)
+    assert str(report).splitlines()[1] == str(score)
+    assert report.left_out[0] == (
+        "FID, KID, precision, recall of clip-small: there is no `--reference`"
+    )
+
+
+def test_a_set_without_a_number_is_told_before_it_is_drawn(
+    runs: Runs, judged: Callable[..., SetReport], reference: Path, clip_folder: Path,
+    digits: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = {"features": f"clip:local-dir:{clip_folder}", "reference": None, "judge": None}
+    with pytest.warns(UserWarning, match="will have no number .*no `--reference`.*no captions"):
+        report = judged(runs.classes, "a", **options)
+    assert report.measurements == ()
+    assert report.left_out[-1] == "CLIP score of clip-small: no captions are drawn"
+
+    def draws(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureJob, "start", draws)
+    with (
+        pytest.warns(UserWarning, match="these samples will have no number"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        judged(runs.classes, "b", **options)
+    few = {"features": "digits-cnn", "feature_weights": digits / "judge.safetensors"}
+    few |= {"num_samples": 2, "conditions": digits / "images", "judge": None, "reference": None}
+    with (
+        pytest.warns(UserWarning, match="IS of digits-cnn: its 10 parts need as many .* got 2"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        judged(runs.classes, "c", **few)
+    with pytest.raises(KeyboardInterrupt):  # and no warning, for the distance will be there
+        judged(runs.classes, "d", **few | {"reference": reference})
 
 
 def test_another_plan_in_the_same_folder_is_refused(
