@@ -234,9 +234,12 @@ class LayoutJob(PartJob):
         """Samples of every part."""
         return part_sizes(self.layout.num_samples, self._part_size)
 
-    def _missing(self, part: int) -> list[int]:
+    def _numbers(self, part: int) -> range:
         first = part * self._part_size
-        numbers = range(first, min(first + self._part_size, self.layout.num_samples))
+        return range(first, min(first + self._part_size, self.layout.num_samples))
+
+    def _missing(self, part: int) -> list[int]:
+        numbers = self._numbers(part)
         return [n for n in numbers if not (self.folder / self.layout.file_of(n)).is_file()]
 
     def has(self, number: int) -> bool:
@@ -244,20 +247,20 @@ class LayoutJob(PartJob):
         return not self._missing(number)
 
     def start(self, device: torch.device) -> Callable[[int, Progress], None]:
-        """Load the generator and return what draws a part."""
+        """Load the generator and return what draws a part and writes what is missing of it."""
         pipeline = self.plan.open(device)
         (self.folder / _UNFINISHED).mkdir(exist_ok=True)
 
         def do(part: int, progress: Progress) -> None:
-            numbers = self._missing(part)
-            first = part * self._part_size
-            progress(min(self._part_size, self.layout.num_samples - first) - len(numbers))
+            # All of them, so that batches, and with them the last bits, are those of one go.
+            numbers, missing = self._numbers(part), set(self._missing(part))
             wanted = {"captions": [self.layout.prompt_of(n).shown for n in numbers]}
             for drawn in self.plan.draw(pipeline, wanted, numbers, progress=progress, decode=False):
                 for row, elements, num_steps in zip(
                     drawn.rows, drawn.elements.split(1), drawn.num_steps.tolist(), strict=True
                 ):
-                    self._write(numbers[row], elements, num_steps, pipeline)
+                    if numbers[row] in missing:
+                        self._write(numbers[row], elements, num_steps, pipeline)
 
         return do
 

@@ -13,7 +13,7 @@ from grn_lightning.media.images import decode_image
 from grn_lightning.media.video import decode_video
 from grn_lightning.pipelines.recipes import read_recipes
 from grn_lightning.samplers import RefineConfig
-from grn_lightning.scripts.draw_plan import DrawOptions
+from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan
 from grn_lightning.scripts.evaluate_geneval import evaluate_geneval
 from grn_lightning.scripts.evaluate_vbench import evaluate_vbench
 from grn_lightning.scripts.layouts import LayoutJob
@@ -154,10 +154,18 @@ def test_an_interrupted_job_goes_on(
     (tmp_path / "cut" / "unfinished" / "4.mp4").write_bytes(b"half a clip")
 
     monkeypatch.setattr(LayoutJob, "_write", write)
+    draw, drawn = DrawPlan.draw, list[int]()
+
+    def listens(self: DrawPlan, pipeline: Any, wanted: Any, numbers: Any, **rest: Any) -> Any:
+        drawn.extend(numbers)
+        return draw(self, pipeline, wanted, numbers, **rest)
+
+    monkeypatch.setattr(DrawPlan, "draw", listens)
     again = evaluate_vbench(trained.text, out=tmp_path / "cut", **options)
     assert whole is not None
     assert again is not None
     assert all(file.stat().st_mtime_ns == time for file, time in files.items())  # kept
+    assert drawn == [*range(6)]  # in the batches of one go, which round alike
     for first in whole.folder.iterdir():
         assert (again.folder / first.name).read_bytes() == first.read_bytes()
     other = {**options, "config": DrawOptions(refine=RefineConfig(num_steps=3), seed=3)}
