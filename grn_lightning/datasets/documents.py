@@ -337,6 +337,8 @@ class PackedBatch(TypedDict):
     """Most tokens that a pack may have."""
     step_samples: int
     """Documents of this step on all ranks."""
+    step_mark: int
+    """Tells the packs of this step from others; the same on all ranks."""
 
 
 class DocumentItem(NamedTuple):
@@ -347,7 +349,7 @@ class DocumentItem(NamedTuple):
 
 
 def collate_pack(
-    items: Sequence[DocumentItem], *, step_samples: int, token_budget: int
+    items: Sequence[DocumentItem], *, step_samples: int, token_budget: int, step_mark: int = 0
 ) -> PackedBatch:
     """Join documents to a pack.
 
@@ -355,6 +357,7 @@ def collate_pack(
         items: At least one.
         step_samples: Documents of all ranks.
         token_budget: Of the packs.
+        step_mark: See `PackRequest`.
     """
     samples = [item.sample for item in items]
     codes = [sample.codes for sample in samples if sample.codes is not None]
@@ -368,6 +371,7 @@ def collate_pack(
         "sample_index": torch.tensor([item.request.number for item in items]),
         "token_budget": token_budget,
         "step_samples": step_samples,
+        "step_mark": step_mark,
     }
     hashes = [sample.facts.tokenizer_hash for sample in samples if sample.facts is not None]
     if hashes:
@@ -450,7 +454,12 @@ class PackDataset(ShardDataset):
         items = [item for request in pack.requests if (item := self._read(request)) is not None]
         if not items:
             raise ValueError("no document of a pack can be read; repair or rebuild the shards.")
-        return collate_pack(items, step_samples=pack.step_samples, token_budget=self.token_budget)
+        return collate_pack(
+            items,
+            step_samples=pack.step_samples,
+            token_budget=self.token_budget,
+            step_mark=pack.step_mark,
+        )
 
     def _read(self, request: SampleRequest) -> DocumentItem | None:
         reader = self.readers[request.source]

@@ -11,11 +11,17 @@ Packs are numbered without regard to ranks: with `w` ranks, rank `r` takes in st
 `PackedPosition` holds all there is to know of these; so a run may go on with any number of ranks,
 and neither repeats nor loses a document.
 
-A document that is longer than the budget can never be packed, one that cannot be measured neither.
-Such documents are counted, told about once, and left out; where there are too many, the run stops.
+A document that is longer than the budget can never be packed, nor one whose record is wrong. Such
+documents are counted, told about once, and left out; where there are too many, the run stops.
+
+Every rank measures the whole stream for itself, so what is left out must be a function of the data
+alone. A file that cannot be read at the moment is no such thing: reading is tried again, and then
+the run stops. A `PackRequest` has a mark of its step by which ranks can see that they agree.
 """
 
+import time
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +36,7 @@ from grn_lightning.datasets.order import Position, SampleRequest, TrainingOrder
 _ENDLESS = 10**12  # as in `order.py`
 _FEW_LEFT_OUT = 10  # so many are let pass before their share means anything
 _REMEMBERED = 1024  # positions of past steps; a loader is never so far ahead
+_PAUSES = (0.1, 1.0, 5.0)  # seconds between attempts to read what a document is measured by
 
 
 def best_fill(sizes: Sequence[int], budget: int) -> list[int]:
@@ -84,7 +91,7 @@ class PackedPosition:
         waiting: What of it has not been packed, oldest first.
         steps: Steps taken.
         packed: Documents in their packs.
-        left_out: Documents of each source that were too long, or could not be measured.
+        left_out: Documents of each source that were too long, or had a wrong record.
     """
 
     drawn: Position
@@ -111,6 +118,8 @@ class PackRequest(NamedTuple):
     """The documents."""
     step_samples: int
     """Documents in the packs of all ranks of this step."""
+    step_mark: int = 0
+    """In [0, 2^16): a hash of the step and of all of its packs, the same on every rank."""
 
 
 class PackedOrder:
@@ -119,7 +128,7 @@ class PackedOrder:
     Args:
         stream: Documents, one per step; its weights are shares of documents.
         measure: Returns the tokens of a document; it must be quick and always say the same. It may
-            refuse one (`ValueError`, `OSError`).
+            refuse one (`ValueError`), on every rank alike.
         token_budget: Most tokens of a pack.
         num_ranks: Number of data-parallel processes, each with a pack per step.
         look_ahead: Budgets of tokens that wait to be packed.
@@ -129,6 +138,7 @@ class PackedOrder:
     Raises:
         ValueError: If a number is out of range; from every method, if too many documents are left
             out.
+        OSError: From every method, if what a document is measured by cannot be read, tried again.
     """
 
     def __init__(
@@ -175,7 +185,8 @@ class PackedOrder:
     def batch(self, position: PackedPosition, *, rank: int = 0) -> PackRequest:
         """Return what one rank reads in the step at `position`."""
         packs = self._step(position)[0]
-        return PackRequest(packs[rank], sum(map(len, packs)))
+        mark = zlib.crc32(repr((position.steps, packs)).encode()) & 0xFFFF
+        return PackRequest(packs[rank], sum(map(len, packs)), mark)
 
     def mean_documents(self, num_packs: int = 32) -> float:
         """Return how many documents a pack holds, on average over the first packs of a run."""
@@ -220,7 +231,7 @@ class PackedOrder:
     def _measured(self, request: SampleRequest, left_out: list[int], seen: int) -> int | None:
         """Return the tokens of a document; count it where it cannot be packed."""
         try:
-            size = self.measure(request)
+            size = self._measure_again(request)
             if size > self.token_budget:
                 raise ValueError(
                     f"it has {size} tokens, more than the budget of {self.token_budget}."
@@ -228,10 +239,26 @@ class PackedOrder:
             return size
         except OtherTokenizerError:
             raise
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             left_out[request.source] += 1
             self._tell(request, error, sum(left_out), seen)
             return None
+
+    def _measure_again(self, request: SampleRequest) -> int:
+        """Measure a document; where reading fails, a few times."""
+        for pause in _PAUSES:
+            try:
+                return self.measure(request)
+            except OSError:
+                time.sleep(pause)
+        try:
+            return self.measure(request)
+        except OSError as error:
+            raise OSError(
+                f"{self.describe(request)} cannot be read, tried {len(_PAUSES) + 1} times: {error} "
+                "It is not left out, since other devices may read it and would cut other packs. "
+                "See that every device can read the shards, and resume from the last checkpoint."
+            ) from error
 
     def _tell(self, request: SampleRequest, error: Exception, count: int, seen: int) -> None:
         name = self.describe(request)

@@ -43,7 +43,11 @@ class _OpenFiles:
         self.handles.move_to_end(path)
         if len(self.handles) > _MAX_OPEN_FILES:
             os.close(self.handles.popitem(last=False)[1])
-        data = os.pread(self.handles[path], size, offset)
+        try:
+            data = os.pread(self.handles[path], size, offset)
+        except OSError:  # a server that went away has made the handle stale
+            os.close(self.handles.pop(path))
+            raise
         if len(data) < size:
             raise OSError(f"{path} ended after {len(data)} of {size} bytes at {offset}.")
         return data

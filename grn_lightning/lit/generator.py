@@ -310,7 +310,7 @@ class LitGenerator(CodeStage):
         result = pack_step(self, batch)
         self.samples_seen += batch["step_samples"]
         number = len(batch["keys"])
-        self.log("train/loss", result.loss, prog_bar=True, batch_size=number)
+        self.log("train/loss", result.own_loss, prog_bar=True, batch_size=number)
         if self.is_logging_step:
             self._log_accuracy(result.accuracy, result.t)
             self._log_rounds(result.predicted, result.targets)

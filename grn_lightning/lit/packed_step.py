@@ -234,8 +234,9 @@ class PackResult(NamedTuple):
     """What a step found.
 
     Attributes:
-        loss: Weighted mean over the documents of all devices; its gradients are to be averaged over
-            devices.
+        loss: This device's part of the weighted mean over the documents of all devices; its
+            gradients are to be averaged over devices.
+        own_loss: Weighted mean over the documents of this device, without gradients.
         accuracy: Share of right elements of each document `(d,)`.
         t: Time of each document `(d,)`.
         predicted: Most probable elements `(p, c)`.
@@ -243,6 +244,7 @@ class PackResult(NamedTuple):
     """
 
     loss: Tensor
+    own_loss: Tensor
     accuracy: Tensor
     t: Tensor
     predicted: Tensor
@@ -250,18 +252,39 @@ class PackResult(NamedTuple):
 
 
 def pack_step(module: "LitGenerator", batch: PackedBatch) -> PackResult:
-    """Corrupt and predict the documents of a pack."""
+    """Corrupt and predict the documents of a pack.
+
+    Raises:
+        ValueError: If the devices do not take packs of the same step.
+    """
     corrupted = corrupt_pack(module, batch)
     logits = module.generator(corrupted.maps, corrupted.t, corrupted.text)  # (p, c, k)
     number, document = len(batch["keys"]), corrupted.document
     sizes = torch.bincount(document, minlength=number)
     weights = document_weights(sizes, module.loss_weights)
-    total = module.trainer.strategy.reduce(weights.sum(), reduce_op="mean")
+    total = _mean_weight(module, batch, weights.sum())
     losses = token_cross_entropy(logits, corrupted.targets)  # one per position
-    loss = (losses * (weights / sizes / total)[document]).sum()
+    weighted = (losses * (weights / sizes)[document]).sum()
+    loss, own_loss = weighted / total, weighted.detach() / weights.sum()
     accuracy = document_means(token_accuracy(logits, corrupted.targets), document, number)
     predicted = logits.detach().argmax(-1)
-    return PackResult(loss, accuracy, corrupted.t, predicted, corrupted.targets)
+    return PackResult(loss, own_loss, accuracy, corrupted.t, predicted, corrupted.targets)
+
+
+def _mean_weight(module: "LitGenerator", batch: PackedBatch, own: Tensor) -> float:
+    """Return the mean over devices of the weights of their documents; see that packs agree."""
+    trainer, mark = module.trainer, float(batch["step_mark"])
+    mine = torch.tensor([float(own), mark, mark**2], dtype=torch.float64, device=own.device)
+    weights, marks, squares = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+    # Whole numbers below 2^16 are the same just where their variance is 0, exactly.
+    if trainer.world_size * squares != marks**2:
+        raise ValueError(
+            f"the {trainer.world_size} devices have cut different packs in the step of the "
+            f"documents {batch['sample_index'].tolist()}, so that some would come twice and others "
+            "never: see that all of them read the same shards and settings, and resume from the "
+            "last checkpoint."
+        )
+    return weights / trainer.world_size
 
 
 # --- work -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from grn_lightning.datasets import packing
 from grn_lightning.datasets.order import OrderedSource, SampleOrder, SampleRequest, TrainingOrder
 from grn_lightning.datasets.packing import PackedOrder, PackSampler, best_fill
 
@@ -128,16 +129,65 @@ def test_a_document_longer_than_the_budget_is_counted_and_told_once():
     assert position.num_samples + len(numbers) + 1 == position.drawn.num_samples
 
 
-def test_a_document_that_cannot_be_measured_is_left_out_like_a_long_one():
+def test_a_document_with_a_wrong_record_is_left_out_like_a_long_one():
     def broken_once(request: SampleRequest) -> int:
         if request.number == 3:
-            raise OSError("gone")
+            raise ValueError("gone")
         return measure(request)
 
     order = make_order(measure=broken_once)
     with pytest.warns(UserWarning, match=r"left out, 1 of 4 documents so far: .*number=3.*: gone"):
         position = order.advance(order.start(), 20)
     assert sum(position.left_out) == 1
+
+
+def test_a_file_that_one_rank_cannot_read_for_a_moment_changes_no_pack(monkeypatch):
+    monkeypatch.setattr(packing, "_PAUSES", (0.0, 0.0))
+    failures = Counter()
+
+    def slow_disk(request: SampleRequest) -> int:
+        if request.number % 7 == 3 and failures[request.number] < 2:
+            failures[request.number] += 1
+            raise OSError("stale handle")
+        return measure(request)
+
+    ranks = [make_order(num_ranks=2), make_order(num_ranks=2, measure=slow_disk)]
+    seen: list[int] = []
+    positions = [order.start() for order in ranks]
+    for _ in range(20):
+        packs = [order.batch(positions[rank], rank=rank) for rank, order in enumerate(ranks)]
+        assert packs[0].step_mark == packs[1].step_mark
+        seen += [request.number for pack in packs for request in pack.requests]
+        positions = [order.advance(p) for order, p in zip(ranks, positions, strict=True)]
+    assert positions[0] == positions[1]
+    assert len(failures) > 10
+    waiting = [document.request.number for document in positions[0].waiting]
+    assert sorted(seen + waiting) == list(range(positions[0].drawn.num_samples))
+
+
+def test_a_file_that_cannot_be_read_at_all_stops_the_run(monkeypatch):
+    monkeypatch.setattr(packing, "_PAUSES", (0.0, 0.0))
+
+    def gone(request: SampleRequest) -> int:
+        raise OSError("no such file.")
+
+    order = make_order(measure=gone, max_left_out=1.0, describe=lambda r: f"clip {r.number}")
+    with pytest.raises(
+        OSError, match=r"clip 0 cannot be read, tried 3 times: no such file\. It is not left out"
+    ):
+        order.advance(order.start())
+
+
+def test_the_mark_of_a_step_tells_packs_apart():
+    def other(request: SampleRequest) -> int:
+        return BUDGET // 2 if request.number == 0 else measure(request)
+
+    order, different = make_order(num_ranks=2), make_order(num_ranks=2, measure=other)
+    start = order.start()
+    marks = [order.batch(order.advance(start, n), rank=n % 2).step_mark for n in range(50)]
+    assert len(set(marks)) > 45
+    assert all(0 <= mark < 2**16 for mark in marks)
+    assert different.batch(start).step_mark != marks[0]
 
 
 def test_too_many_long_documents_stop_the_run():

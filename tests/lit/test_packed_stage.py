@@ -244,12 +244,52 @@ def test_the_mean_over_devices_counts_a_document_the_same_wherever_it_is(batches
             ).sum()
             for rows in parts
         ]
-        mean = torch.stack(totals).mean()
-        patched = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda v, reduce_op: mean))
+        weight = torch.stack(totals).sum()
+        patched = two_devices(lambda v: torch.stack([weight.double(), 2 * v[1], 2 * v[2]]))
         before, module._trainer = module._trainer, patched
-        shares = [pack_step(module, chosen(batch, rows)).loss for rows in parts]
+        results = [pack_step(module, chosen(batch, rows)) for rows in parts]
         module._trainer = before
-    torch.testing.assert_close(torch.stack(shares).mean(), whole, rtol=1e-5, atol=1e-6)
+        alone = [pack_step(module, chosen(batch, rows)).loss for rows in parts]
+    shares = torch.stack([result.loss for result in results])
+    torch.testing.assert_close(shares.mean(), whole, rtol=1e-5, atol=1e-6)
+    # What is logged is a mean over documents, however many the other device has.
+    own = torch.stack([result.own_loss for result in results])
+    torch.testing.assert_close(own, torch.stack(alone), rtol=1e-5, atol=1e-6)
+    assert ((shares - own).abs() > 0.1 * own).all()
+
+
+def two_devices(total: Any) -> Any:
+    strategy = SimpleNamespace(reduce=lambda value, reduce_op: total(value))
+    return SimpleNamespace(strategy=strategy, world_size=2)
+
+
+def test_devices_that_have_cut_different_packs_stop(batches, module, monkeypatch):
+    batch = batches[1]
+    other = batch["step_mark"] + 1.0
+
+    def add(mine: Tensor) -> Tensor:
+        return mine + torch.tensor([1.0, other, other**2])
+
+    monkeypatch.setattr(module, "_trainer", two_devices(add))
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ValueError, match="the 2 devices have cut different packs .* resume from the last"
+        ),
+    ):
+        pack_step(module, batch)
+
+
+def test_what_is_logged_is_the_mean_of_a_devices_own_documents(batches, module, monkeypatch):
+    batch, found = batches[1], {}
+    double = two_devices(lambda v: torch.stack([9 * v[0], 2 * v[1], 2 * v[2]]))
+    with torch.no_grad():
+        expected = pack_step(module, batch).loss
+        monkeypatch.setattr(module, "_trainer", double)
+        monkeypatch.setattr(module, "log", lambda name, value, **rest: found.update({name: value}))
+        monkeypatch.setattr(type(module), "is_logging_step", False)
+        module.training_step(batch, 0)
+    torch.testing.assert_close(found["train/loss"], expected)
 
 
 # --- codes ----------------------------------------------------------------------------------------
