@@ -9,8 +9,9 @@ Three names have settled, all of the Inception of 2015-12-05:
 
     torch_fidelity  the evaluator of GRN, JiT, MAR: samples are rounded to bytes, scaled bilinearly
                     without antialiasing as TensorFlow 1 did; Inception score over 10 shuffled parts
-    adm             the evaluator of ADM, used by DiT, VAR, LlamaGen: the same scaling, samples are
-                    truncated to bytes; Inception score over shuffled parts of 5000
+    adm             the evaluator of ADM, used by DiT, VAR, LlamaGen: the same scaling; Inception
+                    score over shuffled parts of 5000. It takes bytes, so every publication has
+                    its own way to them: ADM and VAR truncate, as here; DiT and LlamaGen round
     clean           clean-fid: samples are rounded, scaled by the antialiased bicubic filter of PIL
 
 Weights and scaling are the same for the first two, so one may be compared with reference statistics

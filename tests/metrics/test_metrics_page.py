@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
+import torch
+
 from grn_lightning.metrics import CONVENTIONS, METRICS, GenerationConfig, GenerationMetrics
 from grn_lightning.metrics.extractors import FEATURES
+from grn_lightning.metrics.features import to_bytes
 from grn_lightning.metrics.inception import INCEPTION_FILE, InceptionFeatures
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +60,19 @@ def test_the_table_of_names_is_that_of_the_code() -> None:
         expected = f"{convention.score_parts} {shuffled} parts"
         assert score == (expected if size is None else f"{shuffled} parts of {size}")
     assert INCEPTION_FILE in PAGE
+
+
+def test_the_rounding_of_others_is_what_the_page_says() -> None:
+    """The two formulas of the page; a level is met exactly by neither of these values."""
+    x = torch.linspace(-1.01, 1.01, 4001, dtype=torch.float64)[1::2] + 1e-5
+    dit = (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+    adm = (127.5 * (x + 1)).clamp(0, 255).to(torch.uint8)
+    assert torch.equal(to_bytes(x, "round"), dit)
+    assert torch.equal(to_bytes(x, "truncate"), adm)
+    for formula, how in (("127.5 x + 128", "round"), ("127.5 (x + 1)", "truncate")):
+        assert f"`uint8({formula})`" in PAGE, how
+    assert "DiT, LlamaGen" in row("used by")[2]
+    assert "`round`" in row("DiT, LlamaGen", "A number to stand beside a published one")[2]
 
 
 def test_every_extractor_is_named() -> None:
