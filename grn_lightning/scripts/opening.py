@@ -70,6 +70,14 @@ class Opened:
         return replace(base, **changed) if changed else base
 
 
+def _refuse_stages(run: TrainedRun) -> None:
+    if run.stage in ("raster", "fine"):
+        raise ValueError(
+            f"'{run.checkpoint}' is a stage of coarse-to-fine prediction, which does not refine: "
+            "`grn sample` draws from it, `grn bench generators` and `grn bench fine` judge it."
+        )
+
+
 def open_drawer(
     checkpoint: Path | None,
     weights: str | None,
@@ -100,12 +108,13 @@ def open_drawer(
         return Opened(pipeline, fetch(weights, folder), None, weights)
     assert checkpoint is not None
     if is_export(checkpoint):
+        _refuse_stages(run := open_run(checkpoint))
         network = None if tokenizer is None else load_tokenizer(tokenizer)
         loaded = load_export(checkpoint, network)
         if not isinstance(loaded, GeneratorPipeline):
             raise ValueError(f"'{checkpoint}' is a tokenizer, which draws nothing.")
-        return Opened(loaded, checkpoint, open_run(checkpoint))
-    run = open_run(checkpoint)
+        return Opened(loaded, checkpoint, run)
+    _refuse_stages(run := open_run(checkpoint))
     place = None if tokenizer is None else str(tokenizer)
     pipeline = load_generator(run.checkpoint, tokenizer=place).pipeline
     pipeline.sampling = calibrated(run) or pipeline.sampling

@@ -377,12 +377,14 @@ def test_what_stages_do_not_know_is_refused(options, match, chain, tmp_path, cap
     assert not (tmp_path / "x").exists()
 
 
-def test_what_refining_generators_do_not_know_is_refused(chain, trained, tmp_path, capsys):
+def test_what_refining_generators_do_not_know_is_refused(chain, digits, trained, tmp_path, capsys):
     where = ("--class_labels", 3, "--out", tmp_path / "x", "--device", "cpu")
     with pytest.raises(SystemExit):
         call_grn("sample", trained.classes, "--fine", chain.fine, *where)
     assert "`--fine` must be left out for generators that refine" in capsys.readouterr().err
-    for command in (("evaluate", chain.raster, chain.codes), ("check", chain.raster)):
+    judged = ("evaluate", "samples", chain.raster, "--num_samples", 10, "--features", "digits-cnn",
+              "--judge", digits / "judge.safetensors")  # fmt: skip
+    for command in (("evaluate", chain.raster, chain.codes), judged, ("check", chain.raster)):
         with pytest.raises(SystemExit):
             call_grn(*command)
         assert "is a stage of coarse-to-fine prediction" in capsys.readouterr().err
