@@ -15,8 +15,6 @@ Neither DeepSpeed nor a GPU nor other processes are needed to read them, and not
 but tensors, plain data, and the few names listed here; other names are refused.
 """
 
-import pickle
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from grn_lightning.lit.fsdp_folder import FSDP_INDEX, files_of, load_parts, read_index
 
 EMA_STATE = "ema"
 """Key of the averaged weights in a checkpoint's callback states; see `lit/callbacks/ema.py`."""
@@ -36,7 +37,7 @@ EMA_PREFIX = "ema."
 Layout = Literal["file", "zero", "fsdp"]
 
 _ZERO_TAG = "checkpoint"
-_FSDP_INDEX, _FSDP_REST = ".metadata", "meta.pt"
+_FSDP_REST = "meta.pt"
 
 
 def layout_of(path: str | Path) -> Layout | None:
@@ -46,7 +47,7 @@ def layout_of(path: str | Path) -> Layout | None:
         return "file"
     if (path / _ZERO_TAG).is_dir():
         return "zero"
-    return "fsdp" if (path / _FSDP_INDEX).is_file() or (path / _FSDP_REST).is_file() else None
+    return "fsdp" if (path / FSDP_INDEX).is_file() or (path / _FSDP_REST).is_file() else None
 
 
 class _Nothing:
@@ -261,50 +262,6 @@ def _join_groups(
 
 # --- FSDP -----------------------------------------------------------------------------------------
 
-_FSDP_NAMES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size", "device"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "WindowsPath", "Path"},
-}
-"""What the index of an FSDP folder may name: plain data, and nothing that a module has imported."""
-
-
-class _IndexReader(pickle.Unpickler):
-    """Reads the index, a pickle, and no other one."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = _FSDP_NAMES.get(module, set())
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if name not in known and not is_dtype:
-            raise ValueError(f"it names '{module}.{name}', which is no plain data")
-        return super().find_class(module, name)
-
-
-def read_index(path: Path) -> Any:
-    """Read what lies where in an FSDP folder.
-
-    Raises:
-        ValueError: If it is damaged or holds more than plain data.
-    """
-    file = path / _FSDP_INDEX
-    try:
-        with file.open("rb") as stream:
-            return _IndexReader(stream).load()
-    except Exception as error:
-        raise ValueError(f"'{file}' cannot be read: {error}. Take another checkpoint.") from error
-
 
 def stored_averages(path: Path) -> set[str]:
     """Return the names of the averaged weights in an FSDP folder."""
@@ -314,27 +271,30 @@ def stored_averages(path: Path) -> set[str]:
 
 
 def _fsdp_files(path: Path) -> list[Path]:
-    index = read_index(path)
-    files = {info.relative_path for info in index.storage_data.values()}
-    return [path / _FSDP_INDEX, *(path / name for name in sorted(files)), path / _FSDP_REST]
+    files = files_of(read_index(path))
+    return [path / FSDP_INDEX, *(path / name for name in files), path / _FSDP_REST]
+
+
+def read_rest(path: Path) -> dict[str, Any]:
+    """Read counts and settings of an FSDP folder.
+
+    Raises:
+        ValueError: If they are damaged or hold more than tensors and plain data.
+    """
+    return load_part(path / _FSDP_REST)
 
 
 def _read_fsdp(path: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     before = "state_dict."
     tensors = {
         name: torch.empty(info.size, dtype=info.properties.dtype)
         for name, info in read_index(path).state_dict_metadata.items()
         if name.startswith(before) and isinstance(info, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*load in a single process")  # it is
-        load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    load_parts(tensors, path, is_alone=True)
     named = {name.removeprefix(before): tensor for name, tensor in tensors.items()}
     averages = {name: named.pop(name) for name in list(named) if name.startswith(EMA_PREFIX)}
-    checkpoint = load_part(path / _FSDP_REST)
+    checkpoint = read_rest(path)
     checkpoint["state_dict"] = named
     if averages:
         whole = {name.removeprefix(EMA_PREFIX): value for name, value in averages.items()}

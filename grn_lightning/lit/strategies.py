@@ -37,6 +37,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -45,12 +46,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from grn_lightning.lit.checkpoints import read_checkpoint
+from grn_lightning.lit.fsdp_folder import load_parts
 from grn_lightning.lit.parts import blocks_of
 from grn_lightning.lit.shards import (
     EMA_PREFIX,
     EMA_STATE,
     layout_of,
     load_part,
+    read_rest,
     require_divided_alike,
     require_whole,
     stored_averages,
@@ -130,6 +133,12 @@ class ZeRO(DeepSpeedStrategy):
         """Device of this process; DeepSpeed wants a number even of a CPU."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
+
+    @property
+    def asked_precision(self) -> str:
+        """Precision of the products, as `trainer.precision` said it; the trainer says 32-true."""
+        is_cast = isinstance(self.precision_plugin, ZeroAutocast)
+        return "bf16-mixed" if is_cast else str(self.precision_plugin.precision)
 
     def setup_environment(self) -> None:
         """Start the processes; Lightning's own refuses CPUs.
@@ -330,11 +339,33 @@ class FSDP(ModelParallelStrategy):
         if layout_of(path) == "file":
             return self._read_file(path)
         require_whole(path)
-        checkpoint = super().load_checkpoint(path, weights_only=True)
+        self._load_divided(path)
+        checkpoint = read_rest(path)
         state = checkpoint.get("callbacks", {}).get(EMA_STATE)
         if state is not None:
             state["shadows"] = self._read_shadows(path)
         return checkpoint
+
+    def _load_divided(self, path: Path) -> None:
+        """Read this process's part of weights and moments.
+
+        Lightning would do so with torch's own reader, which unpickles.
+        """
+        module = self.lightning_module
+        assert module is not None
+        weights: dict[str, Any] = {"state_dict": get_model_state_dict(module)}
+        load_parts(weights, path)
+        module.load_state_dict(weights["state_dict"], strict=module.strict_loading)
+        for number, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{number}"
+            moments: dict[str, Any] = {name: get_optimizer_state_dict(module, optimizer)}
+            load_parts(moments, path)
+            set_optimizer_state_dict(
+                module,
+                optimizer,
+                moments[name],
+                options=StateDictOptions(cpu_offload=True),
+            )
 
     def _read_file(self, path: Path) -> dict[str, Any]:
         """Divide the weights and moments that one process, DDP or `fsdp_full` has written."""
@@ -372,8 +403,6 @@ class FSDP(ModelParallelStrategy):
 
     def _read_shadows(self, path: Path) -> dict[str, Tensor]:
         """Read this process's part of the average."""
-        from torch.distributed.checkpoint import load
-
         assert self.lightning_module is not None
         stored = stored_averages(path)
         shadows = {
@@ -381,10 +410,8 @@ class FSDP(ModelParallelStrategy):
             for name, parameter in self.lightning_module.named_parameters()
             if name in stored
         }
-        load(
-            {f"state_dict.{EMA_PREFIX}{name}": shadow for name, shadow in shadows.items()},
-            checkpoint_id=path,
-        )
+        named = {f"state_dict.{EMA_PREFIX}{name}": shadow for name, shadow in shadows.items()}
+        load_parts(named, path)
         return {name: shadow.to_local() for name, shadow in shadows.items()}  # type: ignore[attr-defined]
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -419,6 +446,12 @@ def by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
             {**group, "params": [names[number] for number in group["params"]]} for group in groups
         ],
     }
+
+
+def asked_precision(trainer: L.Trainer) -> str:
+    """Return what `trainer.precision` was set to, also where a strategy has its own way to it."""
+    strategy = trainer.strategy
+    return strategy.asked_precision if isinstance(strategy, ZeRO) else str(trainer.precision)
 
 
 # --- what does not go together --------------------------------------------------------------------

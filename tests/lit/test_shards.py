@@ -1,6 +1,8 @@
 """Folders in the layouts of DeepSpeed and FSDP, written by hand: what is read, what refused."""
 
+import os
 import pickle
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import save
 
 from grn_lightning.lit.checkpoints import averaged_state, find_checkpoint, whole_checkpoint
+from grn_lightning.lit.fsdp_folder import load_parts, read_index
 from grn_lightning.lit.shards import (
     layout_of,
-    read_index,
     read_shards,
     require_divided_alike,
     zero_facts,
@@ -113,6 +116,30 @@ def test_below_stage_3_float32_weights_come_from_where_they_are(stage, dtype, tm
     assert zero_facts(tmp_path).stage == stage
 
 
+def write_fsdp(folder: Path, **more: Any) -> dict[str, Tensor]:
+    """Weights and one average as a process of FSDP writes them."""
+    state = weights()
+    named = {f"state_dict.{name}": tensor for name, tensor in state.items()}
+    named["state_dict.ema.net.a"] = state["net.a"] * 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*save in a single process")  # it is
+        save(named | more, checkpoint_id=folder, no_dist=True)
+    rest = {"samples_seen": 32, "callbacks": {"ema": {"shadows": {}, "num_updates": 3}}}
+    torch.save(rest, folder / "meta.pt")
+    return state
+
+
+def test_an_fsdp_folder_is_put_together(tmp_path):
+    expected = write_fsdp(tmp_path)
+    checkpoint = read_shards(tmp_path)
+    assert checkpoint["state_dict"].keys() == expected.keys()
+    assert all(checkpoint["state_dict"][name].equal(expected[name]) for name in expected)
+    state = averaged_state(checkpoint)
+    assert state["net.a"].equal(expected["net.a"] * 2)
+    assert state["net.b"].equal(expected["net.b"])
+    assert checkpoint["samples_seen"] == 32
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -132,6 +159,48 @@ def test_a_stranger_is_not_unpickled(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"it names '(builtins|__builtin__).print'"):
         read_index(tmp_path)
     assert capsys.readouterr().out == ""
+
+
+class Opener:
+    """Would open the door if it were unpickled."""
+
+    def __init__(self, door: Path):
+        self.door = door
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (str(self.door),))
+
+
+def test_an_index_beside_the_index_is_not_opened(tmp_path):
+    """torch looks for `__0.metadata` where `.metadata` lets it stumble, and unpickles that."""
+    folder, door = tmp_path / "f", tmp_path / "opened"
+    expected = write_fsdp(folder)
+    index = read_index(folder)
+    index.storage_meta = 5  # type: ignore[assignment]  # takes no attributes
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    (folder / "__0.metadata").write_bytes(pickle.dumps(Opener(door)))
+    assert read_shards(folder)["state_dict"]["net.a"].equal(expected["net.a"])
+    assert not door.exists()
+
+
+def test_settings_in_an_fsdp_folder_are_plain_data(tmp_path, capsys):
+    plain = {"lr": 0.5, "betas": (0.9, 0.95), "params": ["net.a"]}
+    write_fsdp(tmp_path / "good", optimizer_0=plain)
+    found: dict[str, Any] = {"optimizer_0": dict.fromkeys(plain)}
+    load_parts(found, tmp_path / "good", is_alone=True)
+    assert found["optimizer_0"] == plain
+    write_fsdp(tmp_path / "evil", optimizer_0={"lr": Stranger()})
+    with pytest.raises(ValueError, match="evil' cannot be read.*'optimizer_0.lr' is damaged or"):
+        load_parts({"optimizer_0": {"lr": None}}, tmp_path / "evil", is_alone=True)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_damaged_part_is_refused(tmp_path):
+    write_fsdp(tmp_path)
+    [part] = tmp_path.glob("*.distcp")
+    part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint: .*Take another"):
+        read_shards(tmp_path)
 
 
 def test_what_is_missing_or_unfinished_is_named(tmp_path):
@@ -174,5 +243,17 @@ def test_layouts_are_told_apart(tmp_path):
 def test_what_an_allowed_module_has_imported_is_not_allowed(tmp_path: Path) -> None:
     names = b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.getcwd\x93)R."
     (tmp_path / ".metadata").write_bytes(b"\x80\x04" + names)
-    with pytest.raises(ValueError, match=r"it names '.*metadata\.os\.getcwd'"):
-        read_index(tmp_path)
+    (tmp_path / "meta.pt").write_bytes(b"")
+    for read in (read_index, read_shards):
+        with pytest.raises(ValueError, match=r"it names '.*metadata\.os\.getcwd'"):
+            read(tmp_path)
+
+
+def test_an_index_names_no_file_elsewhere(tmp_path: Path) -> None:
+    write_fsdp(tmp_path)
+    index = read_index(tmp_path)
+    for info in index.storage_data.values():
+        info.relative_path = "../secret"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match=r"names the file '../secret', which is not in the folder"):
+        read_shards(tmp_path)
