@@ -118,7 +118,8 @@ class LitGenerator(CodeStage):
             predicted position, "document" every document, "sqrt" is in between, the published
             choice. Batches of one size know no difference.
         attention_backend: What computes the attention of packed documents: "flex", "documents",
-            "dense", or "auto", which is "flex" on CUDA and "documents" elsewhere.
+            "dense", or "auto", which is "flex" on CUDA with heads of 16 channels or more, and
+            "documents" elsewhere.
         activation_checkpointing: Compute every block once more on the way back instead of keeping
             its activations; gradients are the same.
         seed: Seed of all noise.

@@ -345,6 +345,7 @@ class GRNText(nn.Module):
                 plan.lengths,
                 has_closed_prefix=self.config.attention == "prefix",
                 backend=self.packed_backend,
+                head_width=self.config.head_dim,
                 device=tokens.device,
             ),
         )

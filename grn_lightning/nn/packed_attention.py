@@ -24,6 +24,41 @@ from grn_lightning.nn.attention import attend
 
 Backend = Literal["auto", "flex", "documents", "dense"]
 BACKENDS = ("auto", "flex", "documents", "dense")
+_NARROWEST = 16
+"""Head width from which FlexAttention has a kernel on CUDA."""
+
+
+def choose_backend(backend: Backend, *, head_width: int, device_type: str) -> Backend:
+    """Return the kernel that a backend means.
+
+    Args:
+        backend: See the module's docstring; "auto" is "flex" on CUDA where heads are wide enough,
+            and "documents" elsewhere.
+        head_width: Channels of a head.
+        device_type: Such as "cuda".
+
+    Raises:
+        ValueError: If the backend is unknown, or cannot train with such heads on the device.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"the backend of packed attention must be one of {', '.join(BACKENDS)}, got "
+            f"{backend!r}."
+        )
+    is_narrow = head_width < _NARROWEST
+    if backend == "auto":
+        return "flex" if device_type == "cuda" and not is_narrow else "documents"
+    if backend == "flex" and device_type == "cuda" and is_narrow:
+        raise ValueError(
+            f"packed attention by 'flex' needs heads of at least {_NARROWEST} channels on CUDA, "
+            f"got {head_width}; take 'documents', or 'auto', which does."
+        )
+    if backend == "flex" and device_type != "cuda" and torch.is_grad_enabled():
+        raise ValueError(
+            f"packed attention by 'flex' has gradients on CUDA only, got {device_type}; take "
+            "'documents', or 'auto', which does."
+        )
+    return backend
 
 
 class DocumentLengths(NamedTuple):
@@ -50,11 +85,12 @@ class DocumentAttention:
         lengths: Tokens of the documents.
         has_closed_prefix: Whether a prefix attends to itself only; else every token of a document
             attends to all of it.
-        backend: See the module's docstring; "auto" is "flex" on CUDA and "documents" elsewhere.
+        backend: What computes it, see `choose_backend`.
+        head_width: Channels of a head.
         device: Where queries and keys are.
 
     Raises:
-        ValueError: If the backend is unknown, or cannot train on the device.
+        ValueError: If the backend is unknown, or cannot train with such heads on the device.
     """
 
     def __init__(
@@ -63,20 +99,10 @@ class DocumentAttention:
         *,
         has_closed_prefix: bool,
         backend: Backend,
+        head_width: int,
         device: torch.device,
     ) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(
-                f"the backend of packed attention must be one of {', '.join(BACKENDS)}, got "
-                f"{backend!r}."
-            )
-        if backend == "auto":
-            backend = "flex" if device.type == "cuda" else "documents"
-        if backend == "flex" and device.type != "cuda" and torch.is_grad_enabled():
-            raise ValueError(
-                f"packed attention by 'flex' has gradients on CUDA only, got {device.type}; take "
-                "'documents', or 'auto', which does."
-            )
+        backend = choose_backend(backend, head_width=head_width, device_type=device.type)
         self.lengths, self.has_closed_prefix = lengths, has_closed_prefix
         self.backend, self.device = backend, device
         self._mask: Any = None

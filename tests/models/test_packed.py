@@ -11,6 +11,8 @@ from torch import Tensor
 
 from grn_lightning.models.grn_text import GRNText, GRNTextConfig, TextCondition
 from grn_lightning.models.packed import PackedMaps, PackedText, pack_text
+from grn_lightning.nn import packed_attention
+from grn_lightning.nn.packed_attention import choose_backend
 
 PREFIX = GRNTextConfig(
     num_elements=6,
@@ -181,6 +183,33 @@ def test_text_of_another_width_is_refused():
     maps, t, text = pack(make_documents())
     with pytest.raises(ValueError, match=r"text features must be \(l, 10\)"):
         build("full")(maps, t, text._replace(embeds=torch.zeros(len(text.embeds), 3)))
+
+
+@pytest.mark.parametrize(
+    ("head_width", "device_type", "expected"),
+    [(16, "cuda", "flex"), (15, "cuda", "documents"), (128, "cpu", "documents")],
+)
+def test_auto_takes_what_has_a_kernel(head_width, device_type, expected):
+    found = choose_backend("auto", head_width=head_width, device_type=device_type)
+    assert found == expected
+
+
+def test_the_width_of_heads_is_that_of_the_model(monkeypatch):
+    asked = []
+
+    def spy(backend, *, head_width, device_type):
+        asked.append(head_width)
+        return "documents"
+
+    monkeypatch.setattr(packed_attention, "choose_backend", spy)
+    model = build("prefix")
+    model(*pack(make_documents()))
+    assert asked == [model.config.head_dim] == [32]
+
+
+def test_heads_too_narrow_for_flex_are_refused_on_cuda():
+    with pytest.raises(ValueError, match="at least 16 channels on CUDA, got 6; take 'documents'"):
+        choose_backend("flex", head_width=6, device_type="cuda")
 
 
 def test_unknown_and_unfit_backends_are_refused():
