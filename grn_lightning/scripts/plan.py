@@ -284,8 +284,11 @@ def _rates(
 def _batches(training: Training) -> dict[str, str]:
     micro = training.step.micro_batches
     times = f", {micro} micro-batches a step" if micro > 1 else ""
+    total, is_packed = sum(one.weight for one in training.sources), bool(training.token_budget)
     return {
-        one.title: f"{one.sizes.samples} x {' x '.join(map(str, one.sizes.size))} pixels"
+        one.title: (f"{one.weight / total:.0%} of documents, " if is_packed else "")
+        + f"{'up to ' if is_packed else ''}{one.sizes.samples} x "
+        f"{' x '.join(map(str, one.sizes.size))} pixels"
         f"{' from cached codes' if one.sizes.is_coded else ''}{times}"
         for one in training.sources
     }

@@ -127,6 +127,14 @@ def _scaled(step: StepMemory, parts: int) -> StepMemory:
     return replace(step, compute=compute, update=min(step.update, max(compute, step.update)))
 
 
+def _smaller(training: Training, parts: int) -> str:
+    """Say what makes micro-batches smaller; of packs `batch_size` is that of validation."""
+    if training.token_budget is not None:
+        return f"data.init_args.token_budget: {training.token_budget // parts}"
+    sizes = [-(-source.sizes.samples // parts) for source in training.sources]
+    return f"batch_size: {', '.join(map(str, dict.fromkeys(sizes)))}"
+
+
 def _changes(variant: _Variant, choice: Choice) -> tuple[str, ...]:
     training, changes = choice.training, []
     if variant.strategy != choice.strategy:
@@ -134,8 +142,7 @@ def _changes(variant: _Variant, choice: Choice) -> tuple[str, ...]:
     if variant.is_checkpointed and not training.step.is_checkpointed:
         changes.append("model.init_args.activation_checkpointing: true")
     if variant.parts > 1:
-        sizes = [-(-source.sizes.samples // variant.parts) for source in training.sources]
         number = training.step.micro_batches * variant.parts
-        changes.append(f"batch_size: {', '.join(map(str, dict.fromkeys(sizes)))}")
+        changes.append(_smaller(training, variant.parts))
         changes.append(f"trainer.accumulate_grad_batches: {number}")
     return tuple(changes)

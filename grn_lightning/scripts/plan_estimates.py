@@ -18,7 +18,7 @@ _ADVANCE = 1.0 / 3.0
 class BatchWork:
     """What one device computes for one micro-batch."""
 
-    tokens: int
+    tokens: float
     """Visual tokens, captions and times."""
     network: float
     """Operations of the trained network, forwards and backwards."""
@@ -99,25 +99,52 @@ def speed_of(
         world_size: Number of devices.
         again: Whether blocks compute their activations a second time.
     """
-    weights = [source.weight for source in training.sources]
-    total = sum(weights)
-
-    def mean(values: list[float]) -> float:
-        return sum(w * v for w, v in zip(weights, values, strict=True)) / total
-
-    network = mean([work.network for work in works])
-    tokenizer = mean([work.tokenizer for work in works])
+    batch = _mean_batch(training, works)
+    network, tokenizer = batch.work.network, batch.work.tokenizer
     network_time = network * (1 + (_ADVANCE if again else 0)) / rates.network
     tokenizer_time = tokenizer / rates.tokenizer
     micro = training.step.micro_batches
     factor = micro * world_size
     seconds = micro * (network_time + tokenizer_time)
     return Speed(
-        samples_per_step=factor * mean([float(s.sizes.samples) for s in training.sources]),
-        tokens_per_step=factor * mean([float(work.tokens) for work in works]),
+        samples_per_step=factor * batch.samples,
+        tokens_per_step=factor * batch.work.tokens,
         flops_per_step=factor * network,
         seconds_per_step=seconds,
         tokenizer_share=tokenizer_time / (network_time + tokenizer_time),
+    )
+
+
+@dataclass(frozen=True)
+class _MeanBatch:
+    samples: float
+    work: BatchWork
+
+
+def _mean_batch(training: Training, works: list[BatchWork]) -> _MeanBatch:
+    """Return the micro-batch of one device, on average over the sources.
+
+    Weights are shares of the batches, each of one source; those of packs are shares of the
+    documents, and a pack holds as many of these as the budget has room for.
+    """
+    weights = [source.weight for source in training.sources]
+    sizes = [float(source.sizes.samples) for source in training.sources]
+    if training.token_budget is not None:
+        weights = [w / n for w, n in zip(weights, sizes, strict=True)]
+    total = sum(weights)
+
+    def mean(values: list[float]) -> float:
+        return sum(w * v for w, v in zip(weights, values, strict=True)) / total
+
+    samples, tokens = mean(sizes), mean([work.tokens for work in works])
+    full = 1.0 if training.token_budget is None else training.token_budget / tokens
+    return _MeanBatch(
+        full * samples,
+        BatchWork(
+            full * tokens,
+            full * mean([work.network for work in works]),
+            full * mean([work.tokenizer for work in works]),
+        ),
     )
 
 

@@ -89,7 +89,7 @@ class Source:
     title: str
     """Its name."""
     weight: float
-    """Share of the steps, relative to the others."""
+    """Share of the steps, or of the documents of packs, relative to the others."""
     sizes: BatchSizes
     """Its micro-batch on one device."""
     num_samples: int | None

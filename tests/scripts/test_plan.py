@@ -12,14 +12,16 @@ from jsonargparse import ArgumentError
 
 from grn_lightning.lit.devices import DEVICES, Device, described, find_device
 from grn_lightning.lit.memory import StepMemory
-from grn_lightning.lit.rehearsal import Blocks
+from grn_lightning.lit.rehearsal import BatchSizes, Blocks, StepSettings
 from grn_lightning.lit.strategies import STRATEGIES
 from grn_lightning.models.costs import class_flops, text_flops
 from grn_lightning.models.grn_class import GRNClassConfig
 from grn_lightning.models.grn_text import GRNTextConfig
 from grn_lightning.models.variants import TOKENIZERS
 from grn_lightning.scripts.plan import Plan, PlanConfig, plan
-from grn_lightning.scripts.plan_settings import as_training, read_settings
+from grn_lightning.scripts.plan_advice import Choice, _changes, _Variant
+from grn_lightning.scripts.plan_estimates import BatchWork, Rates, speed_of
+from grn_lightning.scripts.plan_settings import Source, Training, as_training, read_settings
 from grn_lightning.scripts.plan_strategies import PLANNED, device_memory, planned_name
 from tests.tiny_runs import TINY_CLASS, TINY_TEXT, callback, generator_config, write_yaml
 
@@ -111,13 +113,58 @@ def test_packs_have_their_budget_of_tokens(tmp_path: Path) -> None:
         one["media"] = "image"
     file.write_text(yaml.safe_dump(settings))
     result = plan([str(file)], config=PlanConfig(device="A100"))
-    # 256 positions, 9 of a caption, 1 of time: two documents of 266 tokens.
-    assert result.speed.samples_per_step == 2
-    assert result.speed.tokens_per_step == 2 * 266
+    # 256 positions, 9 of a caption, 1 of time: documents of 266 tokens, which fill the budget.
+    assert result.speed.samples_per_step == pytest.approx(600 / 266)
+    assert result.speed.tokens_per_step == pytest.approx(600)
     config = GRNTextConfig(**(TINY_TEXT | BITS | {"attention": "full"}))
     flops = text_flops(config, 256, 9, is_text_trained=True)
-    assert result.speed.flops_per_step == pytest.approx(2 * flops.total)
+    assert result.speed.flops_per_step == pytest.approx(600 / 266 * flops.total)
     assert "packs of 600 tokens" in str(result)
+    assert "100% of documents, up to 2 x 1 x 256 x 256 pixels" in str(result)
+
+
+def _mixed(token_budget: int | None) -> Training:
+    """Pictures of 100 tokens and clips of 500, two to one."""
+    sizes = BatchSizes(
+        samples=10, size=(1, 32, 32), is_coded=False, has_text_features=False, text_tokens=9
+    )
+    pictures = Source(title="pictures", weight=2.0, sizes=sizes, num_samples=None)
+    clips = replace(pictures, title="clips", weight=1.0, sizes=replace(sizes, samples=2))
+    step = StepSettings(precision="32-true", micro_batches=3)
+    return Training(
+        model={}, sources=(pictures, clips), token_budget=token_budget, step=step,
+        strategy="ddp", world_size=2, max_steps=1,
+    )  # fmt: skip
+
+
+MIXED = [BatchWork(10 * 100, 10 * 1e9, 10 * 3e9), BatchWork(2 * 500, 2 * 8e9, 2 * 30e9)]
+RATES = Rates(network=1e12, tokenizer=2e12)
+
+
+def test_weights_of_packs_are_shares_of_documents() -> None:
+    speed = speed_of(_mixed(1400), MIXED, RATES, 2, again=False)
+    # 4 pictures and 2 clips have 1400 tokens; 3 micro-batches on 2 devices.
+    assert speed.samples_per_step == pytest.approx(6 * (4 + 2))
+    assert speed.tokens_per_step == pytest.approx(6 * 1400)
+    assert speed.flops_per_step == pytest.approx(6 * (4 * 1e9 + 2 * 8e9))
+    tokenizer = (4 * 3e9 + 2 * 30e9) / 2e12
+    assert speed.tokenizer_share == pytest.approx(tokenizer / (tokenizer + 20e9 / 1e12))
+    assert speed.seconds_per_step == pytest.approx(3 * (tokenizer + 20e9 / 1e12))
+
+
+def test_weights_of_batches_are_shares_of_steps() -> None:
+    speed = speed_of(_mixed(None), MIXED, RATES, 2, again=False)
+    assert speed.samples_per_step == pytest.approx(6 * (2 * 10 + 2) / 3)
+    assert speed.flops_per_step == pytest.approx(6 * (2 * 10e9 + 16e9) / 3)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(1400, "data.init_args.token_budget: 700"), (None, "batch_size: 5, 1")],
+)
+def test_advice_names_what_makes_micro_batches_smaller(budget: int | None, expected: str) -> None:
+    changes = _changes(_Variant("ddp", False, 2), Choice("ddp", _mixed(budget)))
+    assert changes == (expected, "trainer.accumulate_grad_batches: 6")
 
 
 @pytest.mark.parametrize(
