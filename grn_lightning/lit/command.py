@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from grn_lightning.lit.callbacks.keys import KeyHash
 from grn_lightning.lit.callbacks.resume import SameStart, SaveSettings
 from grn_lightning.lit.callbacks.stop import StopOnSignal
-from grn_lightning.lit.resume import choose, go_on_in_place, place_of
+from grn_lightning.lit.resume import Start, choose, go_on_in_place, is_own
 
 _HELP = (
     "What training goes on from. auto: the newest whole checkpoint of this run's folder; if there "
@@ -46,6 +46,7 @@ class ResumableCLI(LightningCLI):
         saved = choose(mode, self.trainer, self.model)
         if saved is not None:
             go_on_in_place(self.trainer, saved)
-            options["ckpt_path"] = str(place_of(saved))
+            start = Start(saved, is_auto=mode == "auto", is_own=is_own(self.trainer, saved))
+            options["ckpt_path"] = str(start.path)
+            self._same_start.start = start
         self._stop.requeue = goes_on
-        self._same_start.saved = saved

@@ -4,12 +4,16 @@ A run may have been killed while it was saving, a disk may have been full, a fol
 have been copied without one of them. So every candidate is read before it is trusted, from the
 newest to the oldest, and whatever is passed over is named with its reason. A run whose checkpoints
 are all unfit does not begin afresh.
+
+Within a folder the newest is the one of the most steps, as copies change times; between the folders
+of several runs it is the one that was written last.
 """
 
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +32,8 @@ from grn_lightning.lit.shards import (
 from grn_lightning.lit.strategies import ZeRO
 
 CSV_TABLE = "metrics.csv"
+_LATER = re.compile(r"later-\d+")
+"""Folders for what a run that goes back leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,51 @@ def _written_at(path: Path) -> int:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """Yield what may be a checkpoint: files, folders, links, and folders that await their name."""
+    """Yield what may be a checkpoint: files, folders, links, and what awaits its name.
+
+    A folder awaits it if it is noted as complete, a file if there is none of that name.
+    """
     for path in folder.rglob("*.ckpt"):
-        if not any(parent.suffix == ".ckpt" for parent in path.relative_to(folder).parents):
+        above = path.relative_to(folder).parents
+        if not any(one.suffix == ".ckpt" or _LATER.fullmatch(one.name) for one in above):
             yield path
-    for note in folder.rglob(f".*.ckpt.part/{COMPLETE}"):
-        yield note.parent
+    for part in folder.rglob(".*.ckpt.part"):
+        if part.is_dir():
+            if (part / COMPLETE).is_file():
+                yield part
+        elif part.is_file() and not _named(part).exists():
+            yield part
+
+
+def _named(part: Path) -> Path:
+    """Return the name that a checkpoint waits for; undoes `unfinished_name`."""
+    return part.with_name(part.name[1:].removesuffix(".part"))
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint, or None if it is not fit, as far as its sizes tell."""
+    try:
+        return examine(path, reads_all=False).step
+    except ValueError:
+        return None
+
+
+def _in_order(paths: Sequence[Path]) -> list[Path]:
+    """Sort what lies in one folder, the newest first: by step, then by time.
+
+    One without a step stands before those that were written earlier.
+    """
+    steps = {path: _step_of(path) for path in paths}
+    times = {path: _written_at(path) for path in paths}
+
+    def rank(path: Path) -> tuple[int, bool, int, str]:
+        step = steps[path]
+        if step is None:
+            earlier = (steps[one] or -1 for one in paths if times[one] <= times[path])
+            return max(earlier), True, times[path], path.name
+        return step, False, times[path], path.name
+
+    return sorted(paths, key=rank, reverse=True)
 
 
 def candidates(folders: Iterable[Path]) -> list[Path]:
@@ -71,20 +116,27 @@ def candidates(folders: Iterable[Path]) -> list[Path]:
         found.update(_inside(folder) if layout_of(folder) is None else [folder])
     whole = {path.resolve() for path in found if not path.is_symlink()}
     kept = [path for path in found if not path.is_symlink() or path.resolve() not in whole]
-    return sorted(kept, key=lambda path: (_written_at(path), path.name), reverse=True)
+    beside: dict[Path, list[Path]] = {}
+    for path in kept:
+        beside.setdefault(path.parent, []).append(path)
+    runs = sorted(beside, key=lambda run: max(map(_written_at, beside[run])), reverse=True)
+    return [path for run in runs for path in _in_order(beside[run])]
 
 
-def survey(*folders: Path, module: L.LightningModule | None = None) -> Survey:
+def survey(
+    *folders: Path, module: L.LightningModule | None = None, reads_all: bool = True
+) -> Survey:
     """Look for the newest checkpoint that training can go on from.
 
     Args:
         folders: Where to look, at any depth; a checkpoint stands for itself.
         module: The module of this run; None takes checkpoints of any.
+        reads_all: Compare checksums; else sizes only.
     """
     skipped = []
     for path in candidates(folders):
         try:
-            saved = examine(path)
+            saved = examine(path, reads_all=reads_all)
         except ValueError as error:
             skipped.append((path, str(error)))
             continue
@@ -170,29 +222,104 @@ def _take_version(logger: Logger, checkpoint: Path) -> None:
 
 
 def place_of(saved: Saved) -> Path:
-    """Return where a checkpoint lies once `finish_save` has been called for it."""
-    name = saved.path.name
-    is_waiting = name.endswith(".part")
-    return saved.path.with_name(name[1:].removesuffix(".part")) if is_waiting else saved.path
+    """Return where a checkpoint lies once `give_name` has been called for it."""
+    return _named(saved.path) if saved.path.name.endswith(".part") else saved.path
+
+
+def give_name(saved: Saved) -> Path:
+    """Give a complete checkpoint the name it has waited for when its run was killed."""
+    path = place_of(saved)
+    if path != saved.path:
+        replace_folder(saved.path, path)
+    return path
 
 
 def finish_save(saved: Saved) -> None:
     """Do what the run that wrote a checkpoint was killed before: give names.
 
-    A folder that was complete and waited for its name gets it. A `last.ckpt` that is older becomes
-    the checkpoint: else it would stay behind, if nothing is left to train.
+    A `last.ckpt` of an earlier step, or an unfit one, becomes the checkpoint: else it would stay
+    behind, if nothing is left to train.
     """
-    path = place_of(saved)
-    if path != saved.path:
-        replace_folder(saved.path, path)
+    path = give_name(saved)
     last = path.with_name("last.ckpt")
-    if path == last or not last.exists() or _written_at(last) >= _written_at(path):
+    if path == last or not os.path.lexists(last) or not _is_behind(last, saved):
         return
     if path.is_dir() or last.is_symlink():
         link(last, path)
     elif last.is_file():
         with written_whole(last) as stream, path.open("rb") as source:
             shutil.copyfileobj(source, stream)
+
+
+def _is_behind(path: Path, saved: Saved) -> bool:
+    try:
+        return examine(path).step < saved.step
+    except ValueError:
+        return True
+
+
+def put_later_aside(saved: Saved) -> Path | None:
+    """Move whole checkpoints of later steps out of the folder of the one that a run goes back to.
+
+    The run would write over them, and going on once more would find them instead of what it wrote.
+
+    Returns:
+        The folder where they are now, `later-N` beside the checkpoint; None if there are none.
+    """
+    folder = place_of(saved).parent
+    found = [path for path in _inside(folder) if path.parent == folder and path != saved.path]
+    later = [
+        path
+        for path in found
+        if not path.is_symlink()
+        and (_step_of(path) or 0) > saved.step
+        and not _is_behind(path, saved)
+    ]
+    if not later:
+        return None
+    aside = free_name(folder / "later")
+    aside.mkdir()
+    ends = {path.resolve() for path in later}
+    links = [path for path in found if path.is_symlink() and path.resolve() in ends]
+    for path in (*links, *later):
+        name = _named(path).name if path.suffix == ".part" else path.name
+        path.rename(free_name(aside / name) if os.path.lexists(aside / name) else aside / name)
+    return aside
+
+
+def is_own(trainer: L.Trainer, saved: Saved) -> bool:
+    """Whether a checkpoint lies where this run writes; others' folders are only read."""
+    above = saved.path.resolve().parents
+    return any(folder.resolve() in above for folder in run_folders(trainer))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run goes on from, and how."""
+
+    saved: Saved
+    is_auto: bool
+    """Whether the run has looked for it itself."""
+    is_own: bool
+    """Whether it lies where the run writes."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies once `make_ready` was called."""
+        return place_of(self.saved) if self.is_own else self.saved.path
+
+
+def make_ready(start: Start) -> None:
+    """Let the names in a run's folder be those of the run that goes on; no other run's change."""
+    if not start.is_own:
+        return
+    aside = put_later_aside(start.saved)
+    if aside is not None:
+        LOG.warning("resume: moved checkpoints of later steps to '%s'.", aside)
+    if start.is_auto:
+        finish_save(start.saved)
+    else:
+        give_name(start.saved)
 
 
 def free_name(path: Path) -> Path:
@@ -239,6 +366,9 @@ def refuse_other_strategy(path: Path, trainer: L.Trainer) -> None:
 def choose(mode: str | None, trainer: L.Trainer, module: L.LightningModule) -> Saved | None:
     """Decide what a training goes on from.
 
+    The first process reads candidates to their last byte, the others look at sizes; `SameStart`
+    lets them take what the first one has chosen.
+
     Args:
         mode: "auto" takes the newest fit checkpoint of this run's folder, and begins if there is
             none at all; a path takes the newest of that folder, or that checkpoint; "none" or
@@ -258,7 +388,7 @@ def choose(mode: str | None, trainer: L.Trainer, module: L.LightningModule) -> S
     is_auto = mode == "auto"
     folders = run_folders(trainer) if is_auto else [Path(str(mode))]
     names = " and ".join(f"'{folder}'" for folder in dict.fromkeys(folders))
-    found = survey(*folders, module=module)
+    found = survey(*folders, module=module, reads_all=_is_first_process(trainer))
     if found.newest is None and found.skipped:
         raise ValueError(
             f"`resume`: no checkpoint under {names} is fit to go on from: {found}. Nothing was "

@@ -20,9 +20,12 @@ from grn_lightning.lit.callbacks.resume import SameStart
 from grn_lightning.lit.checkpoints import read_checkpoint
 from grn_lightning.lit.examine import Saved, examine, misfit
 from grn_lightning.lit.resume import (
+    Start,
     choose,
     finish_save,
     go_on_in_place,
+    is_own,
+    make_ready,
     newest_valid,
     place_of,
     run_folders,
@@ -369,30 +372,134 @@ def test_a_last_one_that_is_older_becomes_what_is_gone_on_from(tmp_path, is_link
     last = tmp_path / "last.ckpt"
     if is_link:
         last.symlink_to(first.name)
-        os.utime(last, (1, 1), follow_symlinks=False)
     else:
         save(last, 1)
+        os.utime(last, (9, 9))  # times say nothing
     finish_save(examine(second))
     assert examine(last).step == 2
     assert last.is_symlink() == is_link
 
 
-def test_a_newer_last_one_is_left_alone(tmp_path):
-    first = save(tmp_path / "step=1.ckpt", 1)
-    last = save(tmp_path / "last.ckpt", 2)
+@pytest.mark.parametrize("spoil", [cut, Path.unlink])
+def test_a_last_one_that_is_unfit_becomes_what_is_gone_on_from(tmp_path, spoil):
+    path = save(tmp_path / "step=2.ckpt", 2)
+    spoil(save(tmp_path / "end.ckpt", 3))
+    (tmp_path / "last.ckpt").symlink_to("end.ckpt")
+    finish_save(examine(path))
+    assert examine(tmp_path / "last.ckpt").step == 2
+
+
+@pytest.mark.parametrize("make", [save, zero_folder])
+def test_a_later_last_one_stays_whatever_the_times_say(tmp_path, make):
+    first, last = make(tmp_path / "step=1.ckpt", 1), make(tmp_path / "last.ckpt", 2)
+    for path in (first, *first.rglob("*")):
+        os.utime(path, (2e9, 2e9))  # as of a copy
+    assert newest_valid(tmp_path) == last
     finish_save(examine(first))
     assert examine(last).step == 2
+    assert not last.is_symlink()
+
+
+def test_between_runs_the_last_written_counts_and_within_one_the_step(tmp_path):
+    save(tmp_path / "version_0" / "last.ckpt", 1000)
+    expected = save(tmp_path / "version_1" / "last.ckpt", 20)
+    os.utime(save(tmp_path / "version_1" / "step=10.ckpt", 10), (2e9, 2e9))
+    assert newest_valid(tmp_path) == expected
+
+
+def gone_back(folder: Path, **options: Any) -> Start:
+    return Start(examine(folder / "step=1.ckpt"), **({"is_auto": False, "is_own": True} | options))
+
+
+def test_what_is_later_than_where_a_run_goes_back_to_is_kept(tmp_path, caplog):
+    caplog.set_level("INFO", "lightning.pytorch.grn_lightning")
+    for step in (1, 2):
+        save(tmp_path / f"step={step}.ckpt", step)
+    (tmp_path / "last.ckpt").symlink_to("step=2.ckpt")
+    note_complete(zero_folder(tmp_path / ".last.ckpt.part", 3), {})
+    make_ready(gone_back(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"step=1.ckpt", "later-1"}
+    assert examine(tmp_path / "later-1" / "last.ckpt").step == 2
+    assert examine(tmp_path / "later-1" / "last-1.ckpt").step == 3
+    assert told(caplog) == [f"resume: moved checkpoints of later steps to '{tmp_path}/later-1'."]
+
+    assert newest_valid(tmp_path).name == "step=1.ckpt"  # they are not gone on from by chance
+    assert examine(newest_valid(tmp_path / "later-1")).step == 3
+    save(tmp_path / "last.ckpt", 5)
+    make_ready(gone_back(tmp_path))
+    assert examine(tmp_path / "later-2" / "last.ckpt").step == 5
+
+
+def test_the_folder_of_another_run_is_only_read(tmp_path, module):
+    theirs = tmp_path / "theirs" / "version_0" / "checkpoints"
+    save(theirs / "step=2.ckpt", 2)
+    save(theirs / "last.ckpt", 1)
+    waiting = zero_folder(theirs / ".end.ckpt.part", 3)
+    note_complete(waiting, {})
+    before = sorted(path.name for path in theirs.iterdir())
+    for path, place in ((theirs / "step=2.ckpt", None), (waiting, theirs / "end.ckpt")):
+        saved = examine(path)
+        run = trainer(tmp_path, logger=TensorBoardLogger(tmp_path, "mine"))
+        start = Start(saved, is_auto=False, is_own=is_own(run, saved))
+        make_ready(start)
+        assert start.path == path
+        assert sorted(path.name for path in theirs.iterdir()) == before
+        run = trainer(tmp_path, logger=TensorBoardLogger(tmp_path, "theirs"))
+        assert Start(saved, is_auto=False, is_own=is_own(run, saved)).path == (place or path)
+
+
+def test_going_on_from_a_path_leaves_an_older_last_one(tmp_path):
+    path, last = save(tmp_path / "step=1.ckpt", 2), save(tmp_path / "last.ckpt", 1)
+    make_ready(gone_back(tmp_path))
+    assert (examine(path).step, examine(last).step) == (2, 1)
+    make_ready(gone_back(tmp_path, is_auto=True))
+    assert (examine(path).step, examine(last).step) == (2, 2)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def start_from(path: Path, step: int) -> SameStart:
+    start = SameStart()
+    start.start = Start(Saved(path, step, {}), is_auto=True, is_own=True)
+    return start
+
+
+def hears(run: L.Trainer, path: str | None) -> L.Trainer:
+    """Let a process hear what the first one has chosen."""
+    run.strategy.broadcast = lambda value, src=0: path  # type: ignore[method-assign]
+    run.strategy.global_rank = 1
+    return run
 
 
 def test_processes_that_see_different_checkpoints_are_refused(tmp_path, module):
-    run = trainer(tmp_path)
-    start = SameStart()
-    start.saved = Saved(tmp_path / "mine.ckpt", 1, {})
-    run.strategy.broadcast = lambda value, src=0: "theirs.ckpt"
     with pytest.raises(
         ValueError, match="different checkpoints, the first one 'theirs.ckpt', this"
     ):
-        start.setup(run, module, "fit")
+        start_from(tmp_path / "mine.ckpt", 1).setup(
+            hears(trainer(tmp_path), "theirs.ckpt"), module, "fit"
+        )
+    with pytest.raises(ValueError, match="different checkpoints, the first one None, this"):
+        start_from(tmp_path / "mine.ckpt", 1).setup(hears(trainer(tmp_path), None), module, "fit")
+
+
+def test_only_the_first_process_reads_every_byte(tmp_path, module, monkeypatch):
+    """Damage that sizes do not show is seen by the first process, and the others follow it."""
+    folder = tmp_path / "name" / "version_0" / "checkpoints"
+    older = save(folder / "step=1.ckpt", 1)
+    flip(save(folder / "last.ckpt", 2))
+    run = trainer(tmp_path)
+    assert choose("auto", run, module).step == 1
+    monkeypatch.setattr(type(run), "local_rank", 1)
+    mine = choose("auto", run, module)
+    assert mine.step == 2
+
+    restored = []
+    connector = run._checkpoint_connector
+    monkeypatch.setattr(connector, "resume_start", lambda path, **rest: restored.append(path))
+    start_from(mine.path, mine.step).setup(hears(run, str(older)), module, "fit")
+    connector.resume_start(str(mine.path), weights_only=None)
+    assert restored == [str(older)]
 
 
 # --- the command line -----------------------------------------------------------------------------
