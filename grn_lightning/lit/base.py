@@ -6,6 +6,7 @@ stopped.
 """
 
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from grn_lightning.lit.checkpoints import averaged_state
 from grn_lightning.lit.optim import OptimConfig, configure_optimizers
+from grn_lightning.lit.strategies import refuse_lightnings_own
 from grn_lightning.lit.work import Work
 
 ConfigT = TypeVar("ConfigT")
@@ -87,6 +89,11 @@ class StageModule(L.LightningModule, ABC):
         """
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.trainer.global_step + 1) % every == 0
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        """Refuse a strategy that would lose the average, before processes are started."""
+        refuse_lightnings_own(self.trainer.strategy)
+        return []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from `optim`."""

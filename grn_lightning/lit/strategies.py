@@ -29,6 +29,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
+    FSDPStrategy,
     ModelParallelStrategy,
     Strategy,
     StrategyRegistry,
@@ -463,6 +464,7 @@ def refuse_unfit(strategy: Strategy, module: L.LightningModule | None) -> None:
     Raises:
         ValueError: Naming what can.
     """
+    refuse_lightnings_own(strategy)
     if module is None or not isinstance(strategy, ZeRO | FSDP):
         return
     name = f"ZeRO stage {strategy.stage}" if isinstance(strategy, ZeRO) else "FSDP"
@@ -488,6 +490,31 @@ def refuse_unfit(strategy: Strategy, module: L.LightningModule | None) -> None:
         raise ValueError(
             f"{name} divides the weights, and processes that predict ask for them in their own "
             "time; set `trainer.strategy: ddp`, which reads the same checkpoints."
+        )
+
+
+def refuse_lightnings_own(strategy: Strategy | type | str | None) -> None:
+    """Refuse strategies of Lightning that divide a network in their own way.
+
+    The average of a process would be one of its pieces, or none.
+
+    Args:
+        strategy: A strategy, its class, or a name that Lightning knows.
+
+    Raises:
+        ValueError: Naming ours.
+    """
+    kind: Any = strategy
+    if isinstance(strategy, str) and strategy in StrategyRegistry:
+        kind = StrategyRegistry[strategy]["strategy"]
+    kind = kind if isinstance(kind, type) else type(kind)
+    divides = issubclass(kind, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy)
+    if divides and not issubclass(kind, ZeRO | FSDP):
+        name = f"'{strategy}', " if isinstance(strategy, str) else ""
+        raise ValueError(
+            f"`trainer.strategy` is {name}Lightning's own {kind.__name__}, which loses the "
+            f"average; set it to {', '.join(STRATEGIES)} or, with settings of your own, to the "
+            f"class ZeRO or FSDP of {ZeRO.__module__}."
         )
 
 
@@ -521,13 +548,17 @@ def named_strategy(name: Any, *, accelerator: Any = "auto") -> Any:
     Args:
         name: What a configuration says.
         accelerator: What it says beside it; DeepSpeed looks for a GPU unless that is "cpu".
+
+    Raises:
+        ValueError: If it is a strategy of Lightning that ours take the place of.
     """
     if accelerator == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if not isinstance(name, str):
-        return name
-    build = STRATEGIES.get(LIGHTNINGS_OWN.get(name, name))
-    return name if build is None else build()
+    build = STRATEGIES.get(LIGHTNINGS_OWN.get(name, name)) if isinstance(name, str) else None
+    if build is not None:
+        return build()
+    refuse_lightnings_own(name)
+    return name
 
 
 def register_strategies() -> None:

@@ -159,7 +159,7 @@ class LitTokenizer(StageModule):
         """Refuse what the trainer could not do; this is the first hook that knows the trainer."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             refuse_trainer_flags(self.trainer)
-        return []
+        return super().configure_callbacks()
 
     def configure_model(self) -> None:
         """Build the networks, once."""

@@ -1,20 +1,31 @@
 """Blocks of networks, computed once or twice; strategies and what they refuse."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
+from grn_lightning.lit.base import StageModule
 from grn_lightning.lit.optim import OptimConfig, own_part, whole_tensor
 from grn_lightning.lit.parts import OwnPart, blocks_of, checkpoint_blocks, own_parts
 from grn_lightning.lit.strategies import (
     FSDP,
     STRATEGIES,
+    ZeRO,
     by_name,
     by_number,
     named_strategy,
+    refuse_lightnings_own,
     refuse_unfit,
 )
 from grn_lightning.models.grn_class import GRNClass, GRNClassConfig
@@ -101,6 +112,56 @@ def test_names_are_ours_or_left_alone():
         assert named_strategy(other) is other
     given = FSDP()
     assert named_strategy(given) is given
+
+
+class Averaged(StageModule):
+    """A stage that trains nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(optim=None, seed=0)
+
+
+OF_LIGHTNING = {
+    "fsdp_cpu_offload": "FSDPStrategy",
+    "deepspeed_stage_3_offload_nvme": "DeepSpeedStrategy",
+}
+
+
+@pytest.mark.parametrize("name", OF_LIGHTNING)
+def test_other_names_of_lightnings_strategies_are_refused(name):
+    sentence = f"is '{name}', Lightning's own {OF_LIGHTNING[name]}.*; set it to .*zero3.* fsdp"
+    with pytest.raises(ValueError, match=sentence):
+        named_strategy(name, accelerator="cpu")
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy])
+def test_lightnings_strategies_are_refused_before_the_first_step(kind):
+    sentence = f"is Lightning's own {kind.__name__}, which loses the average"
+    strategy = kind()
+    for refuse in (named_strategy, refuse_lightnings_own):
+        with pytest.raises(ValueError, match=sentence):
+            refuse(strategy)
+    with pytest.raises(ValueError, match=sentence):
+        refuse_unfit(strategy, OneOptimizer())
+    module = Averaged()
+    module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=sentence):
+        module.configure_callbacks()
+
+
+def test_ours_and_those_of_copies_are_let_pass():
+    for strategy in (FSDP(), ZeRO(2), DDPStrategy(), SingleDeviceStrategy(), "ddp", "auto", None):
+        assert named_strategy(strategy) is strategy
+
+
+def test_a_strategy_of_lightning_ends_a_run_in_a_sentence(digits, tmp_path, capsys):
+    kind = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    file = write_yaml(tmp_path, tokenizer_config(tmp_path, digits, trainer={"strategy": kind}))
+    for command in ("fit", "check"):
+        with pytest.raises(SystemExit) as stop:
+            call_grn(command, "-c", file)
+        assert stop.value.code == 2
+        assert "Lightning's own ModelParallelStrategy" in capsys.readouterr().err
 
 
 def test_moments_are_numbered_in_the_order_of_the_optimizer():
