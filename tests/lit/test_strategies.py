@@ -73,6 +73,8 @@ OFFLOADED = {
     },
 }
 """Under what a resumed run goes on; what is divided is the same."""
+HALF: dict[str, Any] = {"deepspeed_zero2_bf16": "deepspeed_zero2", "fsdp_bf16": "fsdp"}
+"""Under what products are computed in bfloat16."""
 FOLDERS = [name for name in CASES if name not in ("ddp", "fsdp_full")]
 
 
@@ -106,6 +108,22 @@ def one(digits: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFact
     """One process on the joined batch."""
     folder = tmp_path_factory.mktemp("one")
     call_grn("fit", "-c", run(folder, digits, tokenizer_run, devices=1))
+    return folder
+
+
+def half(folder: Path, digits: Path, tokenizer: Path, **rest: Any) -> Path:
+    """Write the settings of the same run in bfloat16."""
+    notes = {"class_path": "notes.Notes", "init_args": {"folder": str(folder)}}
+    return run(folder, digits, tokenizer, precision="bf16-mixed", callbacks=[notes], **rest)
+
+
+@pytest.fixture(scope="module")
+def one_half(digits: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process on the joined batch in bfloat16."""
+    folder = tmp_path_factory.mktemp("one_half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        call_grn("fit", "-c", half(folder, digits, tokenizer_run, devices=1))
     return folder
 
 
@@ -153,6 +171,9 @@ def two(
             last = f"--ckpt_path={folder}/checkpoints/last.ckpt"
             file = run(judged, digits, tokenizer_run, **settings)
             calls.append(["validate", "-c", str(file), last])
+    for name, strategy in HALF.items():
+        file = half(root / name, digits, tokenizer_run, devices=2, strategy=strategy)
+        calls.append(["fit", "-c", str(file)])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -244,6 +265,26 @@ def test_fsdp_goes_on_from_others(name, one, two):
     for quantity in ("val/loss", "train/grad_norm"):
         later = {step: x for step, x in numbers(before, quantity).items() if step >= 2}
         assert numbers(resumed, quantity) == pytest.approx(later, rel=2e-5), quantity
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_bfloat16_is_that_of_one_process(name, one, one_half, two):
+    """Products in bfloat16, weights, moments and averages in float32."""
+    notes = [json.loads((two / name / f"notes_{rank}.json").read_text()) for rank in range(2)]
+    alone = json.loads((one_half / "notes_0.json").read_text())
+    assert notes == [alone, alone]
+    assert alone["weights"] == ["torch.float32"]
+    assert "torch.bfloat16" in alone["products"]
+    assert alone["peak_tflops"] == 989  # that of bfloat16
+    for quantity in ("val/loss", "train/grad_norm"):
+        curve = numbers(one_half, quantity)
+        assert numbers(two / name, quantity) == pytest.approx(curve, rel=2e-3), quantity
+        whole = numbers(one, quantity)
+        assert all(curve[step] != pytest.approx(whole[step], rel=1e-6) for step in curve)
+    found, alone = (read_checkpoint(find_checkpoint(folder)) for folder in (two / name, one_half))
+    assert_close(found["state_dict"], alone["state_dict"], 2e-3)
+    shadows = [checkpoint["callbacks"]["ema"]["shadows"] for checkpoint in (found, alone)]
+    assert_close(*shadows, 2e-3)
 
 
 # --- drawing, judging, exporting ------------------------------------------------------------------

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from grn_lightning.lit.devices import peak_rate
+from grn_lightning.lit.strategies import asked_precision
 from grn_lightning.lit.work import Work
 
 
@@ -113,7 +114,7 @@ class Throughput(L.Callback):
 
     def _peak(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
         if self.peak_tflops is None:
-            rate = peak_rate(pl_module.device, str(trainer.precision))
+            rate = peak_rate(pl_module.device, asked_precision(trainer))
             return None if rate is None else rate / 1e12
         return self.peak_tflops
 
