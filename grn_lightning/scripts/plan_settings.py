@@ -21,6 +21,7 @@ from grn_lightning.media.resolutions import PRESETS, STRIDE
 from grn_lightning.models.pretrained import is_export, read_pretrained
 from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.models.tokenizers import as_tokenizer_config
+from grn_lightning.scripts.plan_strategies import strategy_name
 
 
 class _Reader(LightningCLI):
@@ -203,15 +204,12 @@ def as_training(
         has_average=any(name.endswith(".EMA") for name in callbacks),
         is_checkpointed=bool(model["init_args"].get("activation_checkpointing")),
     )
-    strategy = trainer.get("strategy") or "auto"
-    if isinstance(strategy, dict):
-        strategy = strategy["class_path"].rpartition(".")[2]
     return Training(
         model=model["init_args"],
         sources=_sources(data["init_args"], tokenizer, length),
         token_budget=data["init_args"].get("token_budget"),
         step=step,
-        strategy=strategy,
+        strategy=strategy_name(trainer.get("strategy")),
         world_size=_world_size(trainer),
         max_steps=int(trainer.get("max_steps") or -1),
     )

@@ -4,7 +4,9 @@ The step of a single device is found by taking it (`lit/memory.py`). What a stra
 processes and adds for their talk is told here, from its settings.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from grn_lightning.lit.memory import StepMemory
 from grn_lightning.lit.rehearsal import Blocks
@@ -46,6 +48,22 @@ _SAME = {
     "DDPStrategy": "ddp",
     "single_device": "single",
 }
+
+
+def strategy_name(setting: str | Mapping[str, Any] | None) -> str:
+    """Return the name of what `trainer.strategy` says.
+
+    Args:
+        setting: A name, a class with its arguments, or nothing.
+    """
+    if not isinstance(setting, Mapping):
+        return setting or "auto"
+    kind, arguments = setting["class_path"].rpartition(".")[2], setting.get("init_args") or {}
+    if kind != "ZeRO":
+        return kind
+    return f"deepspeed_zero{arguments.get('stage', 2)}" + "_offload" * bool(
+        arguments.get("offload")
+    )
 
 
 def planned_name(strategy: str, world_size: int) -> str:

@@ -244,6 +244,26 @@ def test_fsdp_divides_everything_but_the_blocks_at_hand() -> None:
     assert memory.activations == 5_000
 
 
+@pytest.mark.parametrize(
+    ("kind", "init_args", "name"),
+    [
+        ("ZeRO", {"stage": 3, "options": {"stage3_max_live_parameters": 0}}, "deepspeed_zero3"),
+        ("ZeRO", {"stage": 3, "offload": True}, "deepspeed_zero3_offload"),
+        ("ZeRO", {}, "deepspeed_zero2"),
+        ("FSDP", {"save_distributed_checkpoint": False}, "fsdp"),
+    ],
+)
+def test_strategies_by_class_can_be_planned(
+    tmp_path: Path, kind: str, init_args: dict[str, Any], name: str
+) -> None:
+    strategy = {"class_path": f"grn_lightning.lit.strategies.{kind}", "init_args": init_args}
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    settings = read_settings([str(_file(tmp_path, "class")), str(other)])
+    training = as_training(settings, TOKENIZERS["digits"])
+    assert planned_name(training.strategy, 2) == name
+
+
 def test_every_named_strategy_can_be_planned() -> None:
     assert {planned_name(name, 2) for name in STRATEGIES} <= set(PLANNED)
     assert planned_name("ddp", 1) == "single"
