@@ -25,6 +25,9 @@ FENCE = re.compile(
 )
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 NOT_RUN = "not run: "
+MARKS = (NOT_RUN, "resolved only: ", "run by tests/")
+LONG = re.compile(r"(make|python|torchrun|srun|grn fit)\b")
+TRAINED = {"ctf.md", "official-weights.md", "own-data.md"}  # tests train what these pages train
 
 
 class Block(NamedTuple):
@@ -134,6 +137,21 @@ def test_a_page_is_walked_by_a_test_or_says_why_not(page: Path) -> None:
             assert walkers, (
                 f"{page.name}: no test names this page, and this block does not say "
                 f"`<!-- {NOT_RUN}why -->`: {block.lines[0]}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_what_takes_long_says_how_much_of_it_tests_do(page: Path) -> None:
+    for block in _blocks(page):
+        is_long = any(LONG.match(line) for line in block.lines) and block.language != "python"
+        if not is_long or not block.is_done:
+            continue
+        if block.mark.startswith("run by "):
+            assert (ROOT / re.split("[ ,]", block.mark)[2]).is_file(), f"{page.name}: {block.mark}"
+        elif page.name not in TRAINED or block.lines[0].startswith("make"):
+            assert block.mark.startswith(MARKS), (
+                f"{page.name}: no test does this; say `<!-- {NOT_RUN}why -->` or "
+                f"`<!-- {MARKS[1]}why -->` above it: {block.lines[0]}"
             )
 
 

@@ -21,12 +21,16 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 OWN_DATA = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
 GENERATOR = (ROOT / "docs" / "generator.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^(<!-- .* -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(<!-- [^>]* -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """Language and text of every block that is not marked."""
-    return [(language, text) for mark, language, text in BLOCK.findall(page) if not mark]
+    """Language and text of every block that is run, or at least resolved."""
+    return [
+        (language, text)
+        for mark, language, text in BLOCK.findall(page)
+        if not mark or mark.startswith("<!-- resolved only: ")
+    ]
 
 
 def commands(page: str) -> list[list[str]]:
