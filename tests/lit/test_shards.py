@@ -4,13 +4,18 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import save
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from grn_lightning.lit.checkpoints import averaged_state, find_checkpoint, whole_checkpoint
 from grn_lightning.lit.fsdp_folder import load_parts, read_index
@@ -20,6 +25,7 @@ from grn_lightning.lit.shards import (
     require_divided_alike,
     zero_facts,
 )
+from grn_lightning.lit.strategies import FSDP
 
 SHAPES = {"net.a": (3, 5), "net.b": (7,), "net.c": (2, 2, 2)}
 
@@ -192,6 +198,47 @@ def test_settings_in_an_fsdp_folder_are_plain_data(tmp_path, capsys):
     write_fsdp(tmp_path / "evil", optimizer_0={"lr": Stranger()})
     with pytest.raises(ValueError, match="evil' cannot be read.*'optimizer_0.lr' is damaged or"):
         load_parts({"optimizer_0": {"lr": None}}, tmp_path / "evil", is_alone=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A group of one process."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Linear(L.LightningModule):
+    """Two weights and their moments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(2, 3)
+
+
+def test_training_under_fsdp_does_not_go_on_from_a_stranger(alone, tmp_path, capsys):
+    module, strategy = Linear(), FSDP()
+    fully_shard(module, mesh=alone)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.5)
+    strategy._lightning_module, strategy.optimizers = module, [optimizer]
+    settings = get_optimizer_state_dict(module, optimizer)
+    state = {"state_dict": module.state_dict(), "optimizer_0": settings}
+    save(state, checkpoint_id=tmp_path / "good")
+    before = module.net.weight.full_tensor().clone()
+    with torch.no_grad():
+        module.net.weight.zero_()
+    optimizer.param_groups[0]["lr"] = 0.25
+    strategy._load_divided(tmp_path / "good")
+    assert module.net.weight.full_tensor().equal(before)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    settings["param_groups"][0]["lr"] = Stranger()  # type: ignore[index]
+    save(state, checkpoint_id=tmp_path / "evil")
+    with pytest.raises(ValueError, match="optimizer_0.param_groups.*is damaged or more than plain"):
+        strategy._load_divided(tmp_path / "evil")
     assert capsys.readouterr().out == ""
 
 
