@@ -6,6 +6,7 @@ of (seed, running number of the sample).
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +27,35 @@ from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.lit.work import Work, text_lengths, work_of_elements
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig
 from grn_lightning.models.tokenizer import HBQTokenizer
+
+
+def refuse_other_kind(checkpoint: Mapping[str, Any], data: Any) -> None:
+    """Refuse to go on from packs with batches of one size, or the other way.
+
+    Lightning finds the place of the training by the class of the data, and where that is another
+    one begins at the first sample without a word.
+
+    Args:
+        checkpoint: That of the run so far.
+        data: The data module at hand; one without sources is let pass.
+
+    Raises:
+        ValueError: Saying which data can go on.
+    """
+    kept = [one for one in checkpoint.values() if isinstance(one, Mapping)]
+    states = [one for one in kept if isinstance(one.get("sources"), Mapping)]
+    if not states or not hasattr(data, "sources"):
+        return
+    has_packs = hasattr(data, "token_budget")
+    if has_packs == any("packs" in state for state in states):
+        return
+    before, now = ("batches of one size", "packs") if has_packs else ("packs", "batches")
+    wanted = "data.ShardData" if has_packs else "packed.PackedShardData"
+    raise ValueError(
+        f"the checkpoint was trained on {before}, and {now} cannot go on from its place in the "
+        f"data: resume with `grn_lightning.lit.{wanted}`, or start a new run from its weights "
+        "(`init_from`)."
+    )
 
 
 class CodeStage(StageModule):
@@ -129,12 +159,15 @@ class CodeStage(StageModule):
         checkpoint["tokenizer_config"] = asdict(self.tokenizer.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the count; refuse another tokenizer.
+        """Restore the count; refuse another tokenizer, and batches where there were packs.
 
         Raises:
-            ValueError: If the tokenizer at hand is not the one of the checkpoint.
+            ValueError: If the tokenizer at hand is not the one of the checkpoint, or training would
+                go on from packs with batches of one size, or the other way.
         """
         super().on_load_checkpoint(checkpoint)
+        if self._is_resuming:
+            refuse_other_kind(checkpoint, getattr(self.trainer, "datamodule", None))
         self.configure_model()
         if checkpoint["tokenizer_hash"] != self.tokenizer_hash:
             raise ValueError(

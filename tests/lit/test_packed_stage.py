@@ -13,6 +13,8 @@ from grn_lightning.datasets.documents import PackedBatch
 from grn_lightning.functional import counter_uniform
 from grn_lightning.functional.random import Stream
 from grn_lightning.lit.checkpoints import read_checkpoint
+from grn_lightning.lit.code_stage import refuse_other_kind
+from grn_lightning.lit.data import ShardData
 from grn_lightning.lit.generator import CorruptionConfig, LitGenerator
 from grn_lightning.lit.packed import PackedShardData, PackedSource
 from grn_lightning.lit.packed_step import (
@@ -451,7 +453,9 @@ def packed_config(folder: Path, digits: Path, tokenizer: Path, **trainer: Any) -
 
 @pytest.mark.scale
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_resumed_packed_run_is_the_run_that_never_stopped(digits, tokenizer_run, tmp_path):
+def test_a_resumed_packed_run_is_the_run_that_never_stopped(
+    digits, tokenizer_run, tmp_path, capsys
+):
     straight, first, second = (tmp_path / name for name in ("straight", "first", "second"))
     fit(straight, packed_config(straight, digits, tokenizer_run, max_steps=8))
     fit(first, packed_config(first, digits, tokenizer_run, max_steps=4))
@@ -467,6 +471,10 @@ def test_a_resumed_packed_run_is_the_run_that_never_stopped(digits, tokenizer_ru
     assert states[0]["packs"]["waiting"]
     losses = [logged(folder, "train/loss") for folder in (straight, second)]
     assert losses[1] == {step: x for step, x in losses[0].items() if step >= 4}
+    plain = generator_config(tmp_path / "plain", digits, tokenizer_run, kind="text")
+    with pytest.raises((ValueError, SystemExit)):
+        fit(tmp_path / "plain", plain, f"--ckpt_path={last}")
+    assert "trained on packs, and batches cannot go on" in capsys.readouterr().err
 
 
 @pytest.mark.scale
@@ -476,6 +484,31 @@ def test_a_packed_run_learns(digits, tokenizer_run, tmp_path):
     fit(tmp_path, config)
     losses = [float(x) for x in logged(tmp_path, "train/loss").values()]
     assert sum(losses[-8:]) / 8 < 0.9 * sum(losses[:4]) / 4
+
+
+def test_packs_go_on_from_packs_only(digits, module):
+    data = make_data(digits, module)
+    packs = {"PackedShardData": {"seed": 0, "sources": {}, "packs": {}}}
+    plain = {"ShardData": {"seed": 0, "sources": {}}}
+    refuse_other_kind(packs, data)
+    refuse_other_kind({"state_dict": {}}, data)
+    refuse_other_kind(packs, None)
+    with pytest.raises(ValueError, match=r"batches of one size, and packs .* `.*data\.ShardData`"):
+        refuse_other_kind(plain, data)
+    batches = ShardData([source(digits, "image", 4)], image_size=16)  # type: ignore[list-item]
+    refuse_other_kind(plain, batches)
+    with pytest.raises(ValueError, match=r"on packs, and batches .*packed\.PackedShardData"):
+        refuse_other_kind(packs, batches)
+
+
+def test_a_run_of_batches_does_not_go_on_with_packs(
+    digits, tokenizer_run, generator_runs, tmp_path, capsys
+):
+    last = generator_runs["text"] / "checkpoints" / "last.ckpt"
+    config = packed_config(tmp_path, digits, tokenizer_run, max_steps=8)
+    with pytest.raises((ValueError, SystemExit)):
+        fit(tmp_path, config, f"--ckpt_path={last}")
+    assert "trained on batches of one size, and packs cannot" in capsys.readouterr().err
 
 
 def test_what_needs_packs_is_refused_without_them(digits, tokenizer_run, tmp_path, capsys):
