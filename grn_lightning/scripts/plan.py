@@ -308,8 +308,9 @@ def _notes(
         notes.append("not all shards are here: they are taken to hold pixels, not codes.")
     if training.token_budget is not None:
         notes.append(
-            f"packs of {training.token_budget:,} tokens are planned as documents of one size, with "
-            "attention that takes no room for masks (FlexAttention)."
+            f"packs of {training.token_budget:,} tokens: memory is that of documents of one size, "
+            "time that of the mixture, each source at its largest preset and length; attention "
+            "takes no room for masks (FlexAttention)."
         )
     if rehearsal.is_text and not rehearsal.has_trained_encoder:
         place = "on the device" if rehearsal.encoder_bytes else "elsewhere, or not at all"
