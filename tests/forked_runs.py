@@ -2,10 +2,10 @@
 
     python tests/forked_runs.py PLAN.json
 
-A plan names files of settings by the number of processes they are for, and runs: a folder and the
-lives that follow each other there, on how many processes, and where they end. A life goes on from
-the newest fit checkpoint, as `grn fit --resume auto` does. What every life has left behind is
-written beside the plan as `lives.json`.
+A plan has files of settings, named by the number of processes they are for or, for one process, in
+any other way, and runs: a folder and the lives that follow each other there, with which settings,
+on how many processes, and where they end. A life goes on from the newest fit checkpoint, as `grn
+fit --resume auto` does. What every life has left behind is written beside the plan as `lives.json`.
 """
 
 import io
@@ -62,6 +62,10 @@ def write_haltingly(deadline: Deadline) -> Callable[..., None]:
     save = torch.save
 
     def halting(content: Any, stream: Any) -> None:
+        if isinstance(stream, str | Path):
+            with Path(stream).open("wb") as file:
+                halting(content, file)
+            return
         whole = io.BytesIO()
         save(content, whole)
         for part in (whole.getvalue()[: whole.tell() // 2], whole.getvalue()[whole.tell() // 2 :]):
@@ -170,12 +174,18 @@ def main() -> None:
     plan_file = Path(sys.argv[1])
     plan = json.loads(plan_file.read_text())
     torch.set_num_threads(1)
-    built = {int(number): build(file, int(number)) for number, file in plan["configs"].items()}
+    built = {
+        name: build(file, int(name) if name.isdigit() else 1)
+        for name, file in plan["configs"].items()
+    }
     outcomes: dict[str, list[Any]] = {}
     for name, lives in plan["runs"].items():
         folder = plan_file.parent / name
         folder.mkdir()
-        outcomes[name] = [one_life(built[life.get("processes", 1)], folder, life) for life in lives]
+        outcomes[name] = [
+            one_life(built[life.get("config", str(life.get("processes", 1)))], folder, life)
+            for life in lives
+        ]
     plan_file.with_name("lives.json").write_text(json.dumps(outcomes))
 
 

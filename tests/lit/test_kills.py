@@ -19,6 +19,7 @@ from tests import forked_runs
 from tests.tiny_runs import (
     TINY_DIGITS,
     callback,
+    generator_config,
     source,
     tensors_equal,
     tokenizer_config,
@@ -27,9 +28,10 @@ from tests.tiny_runs import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.scale]
 
-LAST_STEP, EVERY, BATCH = 16, 2, 4
+LAST_STEP, EVERY, BATCH = 28, 2, 4
 EVENTS = 2 * EVERY + 26  # of two steps and the saving of two files
-KILLS, KILLS_ELASTIC = 11, 5
+KILLS, KILLS_ELASTIC, KILLS_OTHER = 20, 4, 3
+OTHERS = ("packed", "fsdp")
 KILLED, FINISHED = -signal.SIGKILL, 0
 
 
@@ -46,32 +48,65 @@ def config(folder: Path, digits: Path, *, processes: int) -> dict[str, Any]:
     )
 
 
+def text_config(folder: Path, digits: Path, tokenizer: Path, **rest: Any) -> dict[str, Any]:
+    """A run of the generator on clips and pictures."""
+    saving = callback("Checkpoint", every_n_train_steps=EVERY, save_top_k=1, save_last=True)
+    return generator_config(
+        folder,
+        digits,
+        tokenizer,
+        kind="text",
+        sources=[source(digits, "video", 4), source(digits, "image", 4, image_size=32)],
+        init_args={"corruption": {"condition_dropout": 0.3}},
+        callbacks=[callback("EMA", decay=0.9), saving],
+        trainer={"max_steps": LAST_STEP, "logger": False, **rest},
+    )
+
+
+def packed_config(folder: Path, digits: Path, tokenizer: Path) -> dict[str, Any]:
+    """A run on packs of documents, of which some wait at any time."""
+    packed = text_config(folder, digits, tokenizer)
+    packed["data"]["class_path"] = "grn_lightning.lit.packed.PackedShardData"
+    packed["data"]["init_args"]["token_budget"] = 100
+    packed["model"]["init_args"]["corruption"]["i2v_ratio"] = 0.5
+    return packed
+
+
+def killed(dice: random.Random, number: int, **life: Any) -> list[dict[str, Any]]:
+    """Lives on one process that end at random places."""
+    return [{"events": dice.randrange(1, EVENTS), **life} for _ in range(number)]
+
+
 @pytest.fixture(scope="module")
-def lives(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of three runs: undisturbed, killed, and killed with one and two processes in turns."""
+def lives(digits: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of runs, each undisturbed and killed; one is killed on one and two processes."""
     folder = tmp_path_factory.mktemp("lives")
     dice = random.Random(0)
-
-    def killed(number: int, processes: tuple[int, ...]) -> list[dict[str, int]]:
-        return [
-            {"events": dice.randrange(1, EVENTS), "processes": processes[i % len(processes)]}
-            for i in range(number)
-        ]
-
-    plan = {
-        "configs": {
-            number: str(
-                write_yaml(folder / f"on_{number}", config(folder, digits, processes=number))
-            )
-            for number in (1, 2)
-        },
-        "runs": {
-            "straight": [{}],
-            "killed": [*killed(KILLS, (1,)), {}],
-            "elastic": [*killed(KILLS_ELASTIC, (1, 2)), {"processes": 2}],
-        },
+    configs = {
+        "1": config(folder, digits, processes=1),
+        "2": config(folder, digits, processes=2),
+        "packed": packed_config(folder, digits, tokenizer_run),
+        "fsdp": text_config(folder, digits, tokenizer_run, strategy="fsdp"),  # writes folders
     }
-    (folder / "plan.json").write_text(json.dumps(plan))
+    runs: dict[str, list[dict[str, Any]]] = {
+        "straight": [{}],
+        "killed": [*killed(dice, KILLS), {}],
+        "elastic": [
+            *(
+                life | {"processes": 1 + i % 2}
+                for i, life in enumerate(killed(dice, KILLS_ELASTIC))
+            ),
+            {"processes": 2},
+        ],
+    }
+    for name in OTHERS:
+        life = {"config": name}
+        runs |= {
+            f"straight_{name}": [life],
+            f"killed_{name}": [*killed(dice, KILLS_OTHER, **life), life],
+        }
+    files = {name: str(write_yaml(folder / f"on_{name}", one)) for name, one in configs.items()}
+    (folder / "plan.json").write_text(json.dumps({"configs": files, "runs": runs}))
     done = subprocess.run(
         [sys.executable, forked_runs.__file__, str(folder / "plan.json")],
         capture_output=True,
@@ -92,27 +127,35 @@ def end(lives: Path, name: str) -> dict[str, Any]:
     return checkpoint
 
 
-@pytest.mark.parametrize("name", ["killed", "elastic"])
+@pytest.mark.parametrize("name", ["killed", "elastic", *(f"killed_{name}" for name in OTHERS)])
 def test_no_kill_loses_a_checkpoint(lives, name):
     told = (lives / name / "lives.txt").read_text()
-    *killed, last = outcomes(lives, name)
-    assert all(KILLED in life["codes"] and FINISHED not in life["codes"] for life in killed), told
+    *ended, last = outcomes(lives, name)
+    assert all(KILLED in life["codes"] and FINISHED not in life["codes"] for life in ended), told
     assert set(last["codes"]) == {FINISHED}, told
-    steps = [life["step"] for life in killed]
+    steps = [life["step"] for life in ended]
     assert steps == sorted(steps)
-    assert all(life["skipped"] == [] for life in killed)  # nothing with a name is half written
-    assert any(life["unfinished"] for life in killed)  # some were killed while they saved
+    assert all(life["skipped"] == [] for life in ended)  # nothing with a name is half written
+    assert any(life["unfinished"] for life in ended)  # some were killed while they saved
 
 
-def test_a_run_that_was_killed_ends_bit_for_bit_as_the_other(lives):
-    straight, killed = end(lives, "straight"), end(lives, "killed")
+@pytest.mark.parametrize("of", ["", *(f"_{name}" for name in OTHERS)])
+def test_a_run_that_was_killed_ends_bit_for_bit_as_the_other(lives, of):
+    straight, killed = end(lives, f"straight{of}"), end(lives, f"killed{of}")
     assert tensors_equal(straight["state_dict"], killed["state_dict"])
     averages = [one["callbacks"][EMA_STATE]["shadows"] for one in (straight, killed)]
     assert tensors_equal(*averages)
+    assert straight[STATE] == killed[STATE]
+    if of == "_fsdp":  # whose moments lie in parts
+        return
     states = [one["optimizer_states"][0]["state"] for one in (straight, killed)]
     assert states[0].keys() == states[1].keys() != set()
     assert all(tensors_equal(states[0][index], states[1][index]) for index in states[0])
-    assert straight[STATE] == killed[STATE]
+
+
+def test_the_fingerprint_of_packs_counts_every_document(lives):
+    checkpoint = end(lives, "killed_packed")
+    assert checkpoint[STATE]["num_samples"] == checkpoint["samples_seen"] > LAST_STEP
 
 
 def test_the_samples_are_the_same_on_any_number_of_processes(lives, digits):
