@@ -282,9 +282,11 @@ def test_bfloat16_is_that_of_one_process(name, one, one_half, two):
         whole = numbers(one, quantity)
         assert all(curve[step] != pytest.approx(whole[step], rel=1e-6) for step in curve)
     found, alone = (read_checkpoint(find_checkpoint(folder)) for folder in (two / name, one_half))
-    assert_close(found["state_dict"], alone["state_dict"], 2e-3)
+    # Where a gradient is rounding, AdamW steps by `lr`, 1e-3, either way.
+    assert_close(found["state_dict"], alone["state_dict"], 2 * STEPS * 1e-3)
     shadows = [checkpoint["callbacks"]["ema"]["shadows"] for checkpoint in (found, alone)]
-    assert_close(*shadows, 2e-3)
+    assert all(shadow.dtype == torch.float32 for shadow in shadows[0].values())
+    assert_close(*shadows, 2 * STEPS * 1e-3)
 
 
 # --- drawing, judging, exporting ------------------------------------------------------------------
