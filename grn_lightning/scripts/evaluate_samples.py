@@ -265,13 +265,13 @@ def evaluate_samples(
         ValueError: If generator, conditions, features and reference do not fit together.
     """
     given, start, date = dict(locals()), time.perf_counter(), now()
-    if part_size < 1:
-        raise ValueError(f"`part_size` must be at least 1, got {part_size}.")
-    names = _as_list(features)
-    if judge is not None and not judge.is_file():
-        raise ValueError(f"no judge at '{judge}'; `grn digits` writes one beside the embedded set.")
+    _check(part_size, judge)
     compared = _compared(
-        names, _as_list(feature_weights), _as_list(reference), judge=judge, rounding=rounding
+        _as_list(features),
+        _as_list(feature_weights),
+        _as_list(reference),
+        judge=judge,
+        rounding=rounding,
     )
     opened = open_drawer(
         checkpoint, config.weights, folder=config.weights_folder, tokenizer=config.tokenizer
@@ -284,8 +284,8 @@ def evaluate_samples(
     if len(asked.values) < 2:
         raise ValueError(f"a set must have at least 2 samples, got {len(asked.values)}.")
 
-    rest = {"part_size": part_size, "judge": None if judge is None else file_hash(judge)}
-    facts = _facts(plan, asked, compared, rest)
+    judge_hash = None if judge is None else file_hash(judge)
+    facts = _facts(plan, asked, compared, {"part_size": part_size, "judge": judge_hash})
     run, origin = opened.run, opened.facts()
     if run is not None:
         read_evaluations(run.folder)  # refuses what the result could not be added to
@@ -295,12 +295,7 @@ def evaluate_samples(
     job = FeatureJob(folder, plan, asked, sources, judge, part_size, keep_samples)
     del opened  # every process opens its own
     missing = left_out(job, compared)
-    if not has_numbers(job, compared):
-        warnings.warn(
-            f"these samples will have no number ({'; '.join(missing)}); their features are kept, "
-            "and the same command with a `--reference` judges them without drawing again.",
-            stacklevel=2,
-        )
+    _warn_of_no_number(job, compared, missing)
     if not do_parts(job, devices=config.devices, device=config.device):
         return None
 
@@ -333,6 +328,24 @@ def evaluate_samples(
     if run is not None:
         add_evaluation(run.folder, record)
     return report
+
+
+def _check(part_size: int, judge: Path | None) -> None:
+    if part_size < 1:
+        raise ValueError(f"`part_size` must be at least 1, got {part_size}.")
+    if judge is not None and not judge.is_file():
+        raise ValueError(f"no judge at '{judge}'; `grn digits` writes one beside the embedded set.")
+
+
+def _warn_of_no_number(
+    job: FeatureJob, compared: Sequence[Compared], missing: Sequence[str]
+) -> None:
+    if not has_numbers(job, compared):
+        warnings.warn(
+            f"these samples will have no number ({'; '.join(missing)}); their features are kept, "
+            "and the same command with a `--reference` judges them without drawing again.",
+            stacklevel=3,
+        )
 
 
 def _default_folder(run: TrainedRun | None, facts: dict[str, Any]) -> Path:
