@@ -97,7 +97,7 @@ test: setup ## run all tests but those of test-scale
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m 'not scale' $(ARGS)
 
 test-scale: setup ## run the tests of many processes, kills and notebooks
-	$(VENV)/bin/python -m pytest -m scale $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m scale $(ARGS)
 
 lint: setup ## format, lint, types and import contracts, without changing a file
 	$(VENV)/bin/ruff format --check .
