@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -550,21 +551,19 @@ def named_strategy(name: Any, *, accelerator: Any = "auto") -> Any:
         accelerator: What it says beside it; DeepSpeed looks for a GPU unless that is "cpu".
 
     Raises:
-        ValueError: If it is a strategy of Lightning that ours take the place of.
+        ValueError: If it is a strategy of Lightning that ours take the place of, or of nobody.
     """
     if accelerator == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     build = STRATEGIES.get(LIGHTNINGS_OWN.get(name, name)) if isinstance(name, str) else None
     if build is not None:
         return build()
+    if isinstance(name, str) and name != "auto" and name not in StrategyRegistry:
+        near = get_close_matches(name, [*STRATEGIES, *StrategyRegistry.available_strategies()], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"`trainer.strategy` must be 'auto', one of {', '.join(map(repr, STRATEGIES))}, or one "
+            f"of Lightning's such as 'ddp', got {name!r}.{hint}"
+        )
     refuse_lightnings_own(name)
     return name
-
-
-def register_strategies() -> None:
-    """Let Lightning's Trainer know the names, too."""
-    for name in (*STRATEGIES, *LIGHTNINGS_OWN):
-        build = STRATEGIES[LIGHTNINGS_OWN.get(name, name)]
-        StrategyRegistry.register(
-            name, build, description="see grn_lightning.lit.strategies", override=True
-        )

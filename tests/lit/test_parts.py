@@ -114,6 +114,17 @@ def test_names_are_ours_or_left_alone():
     assert named_strategy(given) is given
 
 
+@pytest.mark.parametrize(
+    ("name", "near"), [("deepspeed_zero4", "deepspeed_zero"), ("ddpp", "ddp"), ("fdsp", "fsdp")]
+)
+def test_names_of_nobody_are_refused_with_ours(name, near):
+    sentence = f"one of 'deepspeed_zero1', .*'fsdp_full', .* got '{name}'. Did you mean '{near}"
+    with pytest.raises(ValueError, match=sentence):
+        named_strategy(name)
+    with pytest.raises(ValueError, match=r"got 'my cluster'\.$"):
+        named_strategy("my cluster")
+
+
 class Averaged(StageModule):
     """A stage that trains nothing."""
 
