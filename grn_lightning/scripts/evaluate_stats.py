@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,11 @@ def _open_shards(
         batch_size=batch_size,
     )
     return (batch["clips"] for batch in held_out), held_out.num_samples
+
+
+def _check_npz(data: Path) -> None:
+    if not data.is_file() or not is_zipfile(data):
+        raise ValueError(f"'{data}' must be an .npz of pictures; there is no such file.")
 
 
 def _open_npz(data: Path, *, num_samples: int | None, batch_size: int) -> Iterator[Tensor]:
@@ -188,8 +194,8 @@ def evaluate_stats(
     """
     _check(out, keep, batch_size, num_samples)
     target = choose_device(device)
-    extractor = build_extractor(features, weights).to(target)
     if data.suffix == ".npz":
+        _check_npz(data)
         source, total = data.stem, num_samples
         batches = _open_npz(data, num_samples=num_samples, batch_size=batch_size)
     else:
@@ -202,7 +208,7 @@ def evaluate_stats(
             num_frames=num_frames,
             batch_size=batch_size,
         )
-    summaries = _Summaries(extractor, keep, target)
+    summaries = _Summaries(build_extractor(features, weights).to(target), keep, target)
     with tqdm(total=total, unit=" samples", desc="statistics") as progress:
         for clips in batches:
             summaries.update(clips)
