@@ -16,9 +16,11 @@ from grn_lightning.scripts.generator_judge import PictureJudge
 from grn_lightning.scripts.generator_records import (
     ARMS,
     Arm,
+    ArmPlan,
     ArmResult,
     GeneratorBenchConfig,
     TokenizerName,
+    complete,
     plan_facts,
     read_result,
     shared_facts,
@@ -65,16 +67,20 @@ def _check_comparable(results: Sequence[ArmResult], bench: Bench) -> None:
         ValueError: If a record differs; the message says in what.
     """
     ours = shared_facts(bench.config, bench.data)
+    usual = shared_facts(GeneratorBenchConfig(), bench.data)
     hashes = {
         name: weights_hash(load_tokenizer(run))
         for name, run in bench.tokenizers.items()
         if run.exists()
     }
     for result in results:
-        other = [key for key in ours if result.shared.get(key) != ours[key]]
-        found = {key: (result.shared.get(key), ours[key]) for key in other}
+        theirs = complete(result.shared, usual)
+        other = [key for key in ours if theirs.get(key) != ours[key]]
+        found = {key: (theirs.get(key), ours[key]) for key in other}
         if result.arm in ARMS | bench.config.plans:
-            is_same = result.plan == plan_facts(bench.config.plan(result.arm))
+            is_same = plan_facts(ArmPlan(**result.plan)) == plan_facts(
+                bench.config.plan(result.arm)
+            )
             other += [] if is_same else [f"networks of {result.arm!r}"]
         name = result.plan["tokenizer"]
         if hashes.get(name, result.tokenizer_hash) != result.tokenizer_hash:

@@ -1,5 +1,6 @@
 """What `grn bench generators` trains and keeps: shared settings, arms, and a record of each."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -267,6 +268,15 @@ def shared_facts(config: GeneratorBenchConfig, data: Path) -> dict[str, Any]:
     for name in ("plans", "judge", "device"):
         del plain[name]
     return as_json(plain) | {"data": str(data)}
+
+
+def complete(facts: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Add settings that a record lacks: they came later, and had their defaults until then."""
+    found = dict(usual) | dict(facts)
+    for name, value in usual.items():
+        if isinstance(value, dict) and isinstance(found[name], dict):
+            found[name] = complete(found[name], value)
+    return found
 
 
 def plan_facts(plan: ArmPlan) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -218,6 +219,29 @@ def test_another_tokenizer_and_other_networks_are_noticed(
     with pytest.raises(SystemExit):
         call_grn("bench", "generators", bench.folder, *options, "-c", file)
     assert "other settings: networks of 'ar-vq'" in capsys.readouterr().err
+
+
+def test_records_of_before_a_setting_was_made_are_known(
+    bench: GeneratorBench,
+    options: list[Any],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "run_arm", lambda *args: pytest.fail(f"trained {args[1]}"))
+    arms = ("--arms", f"[{','.join(PLANS)}]")
+    folder = shutil.copytree(bench.folder, tmp_path / "bench")
+    for file in folder.glob("*/seed*/result.json"):
+        record = json.loads(file.read_text())
+        del record["shared"]["corruption"]["i2v_ratio"]
+        if record["arm"] == "grn":
+            del record["plan"]["generator"]["projection_dropout"]
+        file.write_text(json.dumps(record))
+    again = call_grn("bench", "generators", folder, *options, *arms)
+    assert markdown(again.rows) == markdown(bench.rows)
+    with pytest.raises(SystemExit):
+        call_grn("bench", "generators", folder, *options, *arms, "--corruption.i2v_ratio", 0.5)
+    assert "other settings: corruption" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
