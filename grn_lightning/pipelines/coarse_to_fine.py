@@ -3,7 +3,7 @@
 With `fine=None` the causal network draws the codes themselves: the plain autoregressive baseline.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,21 +23,27 @@ FineMask = Literal["none", "sample", "train+sample"]
 
 
 @dataclass(frozen=True)
-class CoarseToFineDrawn:
-    """What was drawn, and what it cost."""
+class CoarseToFineCodes:
+    """Codes that were drawn, and what they cost."""
 
     codes: Tensor
     """`(b, c, h, w)` long: codes of the tokenizer."""
     coarse: Tensor
     """`(b, c_1, h, w)` long: what stage 1 drew; of the baseline, the codes."""
-    clips: Tensor
-    """`(b, 3, 1, h, w)` in [-1, 1]."""
     num_steps: int
     """Sequential steps: positions, and one for stage 2."""
     num_rows: int
     """Samples in all calls of the causal network."""
     leak_rate: Tensor
     """`(b,)` share of positions where stage 2 contradicts stage 1."""
+
+
+@dataclass(frozen=True)
+class CoarseToFineDrawn(CoarseToFineCodes):
+    """The same, and what they show."""
+
+    clips: Tensor
+    """`(b, 3, 1, h, w)` in [-1, 1]."""
 
 
 def code_sizes(tokenizer: HBQTokenizer | VQTokenizer) -> MapSizes:
@@ -139,8 +145,16 @@ class CoarseToFinePipeline:
 
     @torch.no_grad()
     def detokenize(self, codes: Tensor) -> Tensor:
-        """Map codes `(b, c, h, w)` to pictures `(b, 3, 1, h, w)`, clamped to [-1, 1]."""
+        """Map codes `(b, c, h, w)` to pictures `(b, 3, 1, h, w)`, clamped to [-1, 1].
+
+        A batch rounds differently in the last bit, which can move a pixel by a level: one by one,
+        a picture is the same whatever is drawn beside it.
+        """
         return self.tokenizer.detokenize(codes.unsqueeze(2)).float().clamp(-1, 1)
+
+    def decode_chunks(self, elements: Tensor) -> Iterator[Tensor]:
+        """Yield all pictures of codes `(b, c, h, w)`; pipelines of clips yield frames."""
+        yield self.detokenize(elements)
 
     def condition(self, batch: Mapping[str, Any]) -> Any:
         """Return what samples are drawn from: `class_labels`, or the features of `captions`."""
@@ -157,8 +171,13 @@ class CoarseToFinePipeline:
             return self.condition({"captions": [""] * batch_size})
         return torch.full((batch_size,), self.coarse.config.num_classes, device=self.device)
 
+    def draw(self, condition: Any, sample_index: Tensor, **options: Any) -> CoarseToFineDrawn:
+        """Draw one picture per row of a condition; see `draw_codes` for the options."""
+        drawn = self.draw_codes(condition, sample_index, **options)
+        return CoarseToFineDrawn(**vars(drawn), clips=self.detokenize(drawn.codes))
+
     @torch.no_grad()
-    def draw(
+    def draw_codes(
         self,
         condition: Any,
         sample_index: Tensor,
@@ -166,8 +185,8 @@ class CoarseToFinePipeline:
         config: CoarseToFineConfig | None = None,
         seed: int = 0,
         null_condition: Any | None = None,
-    ) -> CoarseToFineDrawn:
-        """Draw one picture per row of a condition.
+    ) -> CoarseToFineCodes:
+        """Draw the codes of one picture per row of a condition.
 
         Args:
             condition: From `condition`.
@@ -177,7 +196,7 @@ class CoarseToFinePipeline:
             null_condition: One row or `b`; by default the null class or the empty caption.
 
         Returns:
-            Codes, pictures and costs.
+            Codes and costs.
         """
         config = self.sampling if config is None else config
         null = self.null_condition(1) if null_condition is None else null_condition
@@ -203,10 +222,9 @@ class CoarseToFinePipeline:
             )
             codes, num_steps = self.split.join(result.coarse, fine), num_steps + 1
             leaks = leak_rate(self.split, result.coarse, codes)
-        return CoarseToFineDrawn(
+        return CoarseToFineCodes(
             codes=codes,
             coarse=result.coarse,
-            clips=self.detokenize(codes),
             num_steps=num_steps,
             num_rows=result.num_rows,
             leak_rate=leaks,

@@ -186,17 +186,21 @@ def read_recipes(file: Path) -> dict[str, Recipe]:
 # --- following ------------------------------------------------------------------------------------
 
 
-def check_weights(recipe: Recipe, pipeline: GeneratorPipeline, *, where: str) -> None:
-    """Refuse other weights than those of a recipe.
+def check_weights(weights: Mapping[str, str], present: Mapping[str, str], *, where: str) -> None:
+    """Refuse other weights than those that samples were, or are to be, made with.
+
+    Args:
+        weights: Hashes of a recipe, by part.
+        present: Those of a pipeline.
+        where: Where that comes from, for the message.
 
     Raises:
         ValueError: If they differ; it names both.
     """
-    present = pipeline.hashes
-    for part in sorted(recipe.weights.keys() | present.keys()):
-        wanted, found = recipe.weights.get(part, "none"), present.get(part, "none")
+    for part in sorted(weights.keys() | present.keys()):
+        wanted, found = weights.get(part, "none"), present.get(part, "none")
         if wanted != found:
-            option = "`--tokenizer`" if part == "tokenizer" else "`--checkpoint`"
+            option = f"`--{part}`" if part in ("tokenizer", "fine") else "`--checkpoint`"
             raise ValueError(
                 f"it was made with {part.replace('_', ' ')} {wanted}, but {where} has {found}; "
                 f"name the right one by {option}."

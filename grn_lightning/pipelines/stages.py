@@ -92,10 +92,12 @@ def join_stages(
             f"{f' and {second.name!r}' if second else ' alone'}; swap them, or give stage 1."
         )
     if (first.split is None) != (second is None):
-        what = "is stage 1" if second is None else "is a plain baseline, which has no stage 2"
-        raise ValueError(
-            f"'{first.name}' {what}; give a stage 1 with its stage 2 (`fine`), or a baseline alone."
+        what = (
+            "is stage 1, which draws together with a stage 2; name that by `--fine` (`fine=`)"
+            if second is None
+            else "is a plain baseline, which has no stage 2; leave `fine` out"
         )
+        raise ValueError(f"'{first.name}' {what}.")
     tokenizer = first.tokenizer or (second.tokenizer if second else None)
     if tokenizer is None:
         raise ValueError(

@@ -10,8 +10,6 @@ from typing import Any
 from tqdm import tqdm
 
 from grn_lightning.datasets.shards import ShardSet
-from grn_lightning.models.grn_class import GRNClassConfig
-from grn_lightning.models.grn_text import GRNTextConfig
 
 _MANY = 10_000  # reading so many takes a while
 
@@ -112,7 +110,7 @@ def _repeated(values: Sequence[Any], num_samples: int | None, origin: str) -> tu
 
 
 def what_to_ask(
-    config: GRNClassConfig | GRNTextConfig,
+    num_classes: int | None,
     *,
     num_samples: int | None,
     conditions: Path | None,
@@ -121,7 +119,7 @@ def what_to_ask(
     """Return what every sample of an evaluation is asked to show.
 
     Args:
-        config: Sizes of the generator.
+        num_classes: Classes that the generator draws; None draws from text.
         num_samples: How many; None takes one for every condition there is.
         conditions: Folder of shards whose captions or classes are taken, or a text file with one
             prompt a line; None asks for every class equally often.
@@ -130,34 +128,29 @@ def what_to_ask(
     Raises:
         ValueError: If the generator draws something else, or the numbers do not fit.
     """
-    is_text = isinstance(config, GRNTextConfig)
     if conditions is None:
-        if isinstance(config, GRNTextConfig):
+        if num_classes is None:
             raise ValueError(
                 "this generator draws from text: give `--conditions`, a folder of shards with "
                 "captions or a text file with one prompt a line."
             )
         if num_samples is None:
             raise ValueError("give `--num_samples`, such as 50000: how many are to be drawn.")
-        return balanced_classes(config.num_classes, num_samples)
-    field = "captions" if is_text else "class_labels"
+        return balanced_classes(num_classes, num_samples)
+    field = "captions" if num_classes is None else "class_labels"
     if conditions.is_dir():
         origin = f"split {split!r} of '{conditions}'"
         values, labels = _from_shards(conditions, split, field, num_samples)
     else:
         origin = f"'{conditions}'"
-        if not is_text:
+        if num_classes is not None:
             raise ValueError(
                 f"this generator draws classes, and {origin} holds prompts; give a folder of "
                 "shards with classes, or leave `--conditions` out."
             )
         values, labels = read_lines(conditions), None
-    wrong = [] if isinstance(config, GRNTextConfig) else _unknown_classes(values, config)
+    wrong = sorted({v for v in values if not 0 <= v < num_classes}) if num_classes else []
     if wrong:
         raise ValueError(f"{origin} has classes that the generator does not know: {wrong[:5]}.")
     classes = None if labels is None else _repeated(labels, num_samples, origin)
     return Asked(field, _repeated(values, num_samples, origin), origin, classes)
-
-
-def _unknown_classes(values: Sequence[int], config: GRNClassConfig) -> list[int]:
-    return sorted({value for value in values if not 0 <= value < config.num_classes})

@@ -6,8 +6,9 @@ is refused. What is equal in two plans is equal in their samples, whoever draws 
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,7 @@ from grn_lightning.pipelines.recipes import Recipe, check_weights
 from grn_lightning.pipelines.registry import DEFAULT_FOLDER
 from grn_lightning.pipelines.resolutions import FPS
 from grn_lightning.samplers import RefineConfig, StepInfo
+from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig
 from grn_lightning.scripts.drawing import DrawnPart, draw_parts
 from grn_lightning.scripts.opening import AUTO, Opened, open_drawer
 from grn_lightning.scripts.requests import SizeRequest, style_and_task
@@ -38,6 +40,10 @@ _NOT_THE_PICTURE = (
 class DrawOptions:
     """How samples for judges are drawn."""
 
+    fine: Path | None = None
+    """Stage 2 of coarse-to-fine prediction, if the checkpoint is its stage 1."""
+    draw: CoarseToFineConfig = field(default_factory=CoarseToFineConfig)
+    """Guidance, temperature and truncation of coarse-to-fine prediction and its baseline."""
     weights: str | None = None
     """Name of published weights instead of a checkpoint; `grn weights` lists them."""
     weights_folder: Path = DEFAULT_FOLDER
@@ -83,8 +89,77 @@ class DrawOptions:
             raise ValueError(f"`fps` must be positive, got {self.fps}.")
 
 
+class SamplePlan(ABC):
+    """Who draws what size how; what the samples show is said sample by sample."""
+
+    batch_size: int
+    """Samples drawn at a time."""
+
+    @property
+    @abstractmethod
+    def size(self) -> ClipSize:
+        """Size of the samples."""
+
+    @property
+    @abstractmethod
+    def fps(self) -> float:
+        """Frames per second of clips."""
+
+    @property
+    @abstractmethod
+    def walk(self) -> tuple[str, ...]:
+        """What decides the cost of a sample, for tags."""
+
+    @abstractmethod
+    def described(self) -> dict[str, Any]:
+        """Return what a record says of the drawing, checkpoint and seed included."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the samples, besides what they are asked to show, as plain data.
+
+        Folders are no part of it: the weights are named by their hashes.
+        """
+
+    @abstractmethod
+    def open(self, device: torch.device) -> Any:
+        """Load the weights into a pipeline.
+
+        Raises:
+            ValueError: If they are others by now.
+        """
+
+    @abstractmethod
+    def draw(
+        self,
+        pipeline: Any,
+        wanted: Mapping[str, Sequence[Any]],
+        numbers: Sequence[int],
+        *,
+        progress: Callable[[float], None],
+        decode: bool = True,
+    ) -> Iterator[DrawnPart]:
+        """Draw some samples.
+
+        Args:
+            pipeline: From `open`.
+            wanted: `captions` or `class_labels`, one per sample.
+            numbers: Numbers of the samples.
+            progress: Told now and then how many samples more are done, in fractions.
+            decode: Whether to make clips of the elements; else their reader does it.
+        """
+
+    @abstractmethod
+    def note_of(self, field: str, value: Any, *, number: int, num_steps: int) -> str | None:
+        """Return the recipe that travels in the file of a sample, for `grn replay`."""
+
+    @abstractmethod
+    def shown(self, prompt: str) -> str:
+        """Return what the networks read of a prompt."""
+
+
 @dataclass(frozen=True)
-class DrawPlan:
+class DrawPlan(SamplePlan):
     """Who draws what size how; what the samples show is said sample by sample."""
 
     recipe: Recipe
@@ -137,11 +212,30 @@ class DrawPlan:
         """Size of the samples."""
         return ClipSize(*self.recipe.size)
 
-    def facts(self) -> dict[str, Any]:
-        """Return what decides the samples, besides what they are asked to show, as plain data.
+    @property
+    def fps(self) -> float:
+        """Frames per second of clips."""
+        return self.recipe.fps
 
-        Folders are no part of it: the weights are named by their hashes.
-        """
+    @property
+    def walk(self) -> tuple[str, ...]:
+        """What decides the cost of a sample, for tags."""
+        refine = self.recipe.refine
+        steps = f"{refine.num_steps} steps"
+        at_most = steps if refine.adaptive is None else f"at most {steps}"
+        return at_most, f"scale {refine.guidance_scale:g}"
+
+    def described(self) -> dict[str, Any]:
+        """Return what a record says of the drawing, checkpoint and seed included."""
+        return {
+            "checkpoint": self.recipe.checkpoint,
+            "weights": self.recipe.weights,
+            "seed": self.recipe.seed,
+            "refine": asdict(self.recipe.refine),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the samples, besides what they are asked to show, as plain data."""
         plain = self.recipe.as_plain()
         kept = {name: value for name, value in plain.items() if name not in _NOT_THE_PICTURE}
         return json.loads(json.dumps(kept | {"style": vars(self.style), "batch": self.batch_size}))
@@ -159,7 +253,7 @@ class DrawPlan:
             folder=self.weights_folder,
             tokenizer=None if recipe.tokenizer is None else Path(recipe.tokenizer),
         )
-        check_weights(recipe, opened.pipeline, where=f"'{recipe.checkpoint}'")
+        check_weights(recipe.weights, opened.pipeline.hashes, where=f"'{recipe.checkpoint}'")
         pipeline = opened.pipeline.to(device)
         pipeline.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
         return pipeline
@@ -173,18 +267,10 @@ class DrawPlan:
         progress: Callable[[float], None],
         decode: bool = True,
     ) -> Iterator[DrawnPart]:
-        """Draw some samples.
-
-        Args:
-            pipeline: From `open`.
-            wanted: `captions` or `class_labels`, one per sample.
-            numbers: Numbers of the samples.
-            progress: Told after every step how many samples more are done, in fractions.
-            decode: As in `draw_parts`.
-        """
+        """Draw some samples; `progress` is told after every step."""
         asked = dict(wanted)
         if "captions" in asked:
-            asked["captions"] = [self.style.apply(text) for text in asked["captions"]]
+            asked["captions"] = [self.shown(text) for text in asked["captions"]]
         share = _Share(self.recipe.refine.num_steps, progress)
         for part in draw_parts(
             pipeline,
@@ -201,12 +287,16 @@ class DrawPlan:
             share.settle(len(part.rows))
             yield part
 
-    def recipe_of(self, field: str, value: Any, *, number: int, num_steps: int) -> Recipe:
-        """Return the recipe of one sample."""
-        shown = self.style.apply(value) if field == "captions" else value
+    def note_of(self, field: str, value: Any, *, number: int, num_steps: int) -> str:
+        """Return the recipe that travels in the file of a sample, for `grn replay`."""
+        shown = self.shown(value) if field == "captions" else value
         return replace(
             self.recipe, condition={field: shown}, sample_index=number, num_steps=num_steps
-        )
+        ).as_note()
+
+    def shown(self, prompt: str) -> str:
+        """Return what the network reads of a prompt."""
+        return self.style.apply(prompt)
 
 
 class _Share:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from grn_lightning.lit.generator import LitGenerator
 from grn_lightning.models.grn_class import GRNClassConfig
 from grn_lightning.pipelines import Condition, GeneratorPipeline, with_first_frame
+from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.pipelines.queues import sample_queue
 from grn_lightning.samplers import RefineConfig, StepInfo
 from grn_lightning.scripts.runs import ClipSize, TrainedRun
@@ -47,6 +48,12 @@ class DrawnPart:
     """Time for conditions, refinement and decoding."""
     num_steps: Tensor
     """`(b,)` long: steps of each clip."""
+
+
+@dataclass(frozen=True)
+class RefinedPart(DrawnPart):
+    """The same, by refinement."""
+
     entropy: Tensor
     """`(num_steps, b)` in [0, 1]: mean normalized entropy of the conditional prediction."""
 
@@ -120,7 +127,7 @@ def step_bar(
         yield observe
 
 
-def _seconds(device: torch.device) -> float:
+def seconds_on(device: torch.device) -> float:
     """Return the time at which the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -140,7 +147,7 @@ def draw_parts(
     observer: Callable[[StepInfo], None] | None = None,
     negative_prompt: str = "",
     decode: bool = True,
-) -> Iterator[DrawnPart]:
+) -> Iterator[RefinedPart]:
     """Draw clips, at most `batch_size` at a time.
 
     Args:
@@ -198,23 +205,23 @@ class _Jobs:
         names = ("grid", "config", "seed", "null_condition", "observer")
         return {name: getattr(self, name) for name in names}
 
-    def batch(self, rows: range, decode: bool) -> Iterator[DrawnPart]:
+    def batch(self, rows: range, decode: bool) -> Iterator[RefinedPart]:
         """Draw one part as one batch."""
-        start, part = _seconds(self.pipeline.device), slice(rows.start, rows.stop)
+        start, part = seconds_on(self.pipeline.device), slice(rows.start, rows.stop)
         result = self.pipeline.sample(
             _condition(self.pipeline, self.wanted, part), self.sample_index[part], **self._options()
         )
-        yield DrawnPart(
+        yield RefinedPart(
             rows=rows,
-            clips=_decoded(self.pipeline, result.codes) if decode else None,
+            clips=decoded(self.pipeline, result.codes) if decode else None,
             elements=result.codes,
             num_forwards=result.num_forwards.rows,
-            seconds=_seconds(self.pipeline.device) - start,
+            seconds=seconds_on(self.pipeline.device) - start,
             num_steps=result.num_steps,
             entropy=result.entropy,
         )
 
-    def queue(self, rows: range, batch_size: int, decode: bool) -> Iterator[DrawnPart]:
+    def queue(self, rows: range, batch_size: int, decode: bool) -> Iterator[RefinedPart]:
         """Draw parts of `batch_size`; the next samples do not wait for the slowest of a part."""
         part = slice(rows.start, rows.stop)
         samples = sample_queue(
@@ -225,23 +232,23 @@ class _Jobs:
             **self._options(),
         )
         for start in range(rows.start, rows.stop, batch_size):
-            begin = _seconds(self.pipeline.device)
+            begin = seconds_on(self.pipeline.device)
             done = list(islice(samples, min(batch_size, rows.stop - start)))
             codes = torch.stack([sample.codes for sample in done])
-            clips = _decoded(self.pipeline, codes) if decode else None
-            yield DrawnPart(
+            clips = decoded(self.pipeline, codes) if decode else None
+            yield RefinedPart(
                 rows=range(start, start + len(done)),
                 clips=clips,
                 elements=codes,
                 num_forwards=sum(sample.num_evaluations for sample in done),
-                seconds=_seconds(self.pipeline.device) - begin,
+                seconds=seconds_on(self.pipeline.device) - begin,
                 num_steps=torch.tensor([sample.num_steps for sample in done], device=codes.device),
                 entropy=pad_sequence([sample.entropy for sample in done]),
             )
 
 
-def _decoded(pipeline: GeneratorPipeline, elements: Tensor) -> Tensor:
-    """Decode one by one.
+def decoded(pipeline: GeneratorPipeline | CoarseToFinePipeline, elements: Tensor) -> Tensor:
+    """Decode elements `(b, c, *grid)` one by one.
 
     A batch rounds differently in the last bit, which can move a pixel by a level, and the decoder
     needs by far the most memory.

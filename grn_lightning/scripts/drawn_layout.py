@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan, fingerprint
+from grn_lightning.scripts.draw_plan import DrawOptions, SamplePlan, fingerprint
+from grn_lightning.scripts.drawers import plan_samples
 from grn_lightning.scripts.layouts import Layout, LayoutJob
-from grn_lightning.scripts.opening import open_drawer
 from grn_lightning.scripts.parts import do_parts, settle_plan
 from grn_lightning.scripts.records import code_version, environment, now
 from grn_lightning.scripts.runs import choose_device
@@ -55,12 +55,10 @@ def draw_layout(
     """
     if layout.per_prompt < 1:
         raise ValueError(f"`per_prompt` must be at least 1, got {layout.per_prompt}.")
-    opened = open_drawer(
-        checkpoint, options.weights, folder=options.weights_folder, tokenizer=options.tokenizer
-    )
     device = choose_device(options.device)
-    plan = DrawPlan.make(opened, options, device=device)
-    _check(opened.pipeline.is_text, plan, layout)
+    drawer = plan_samples(checkpoint, options, device=device)
+    plan = drawer.plan
+    _check(drawer.num_classes is None, plan, layout)
     prompts = [[prompt.text, prompt.shown] for prompt in layout.prompts]
     facts = plan.facts() | {
         "layout": layout.name,
@@ -70,7 +68,6 @@ def draw_layout(
     settle_plan(out, facts)
     layout.prepare(out)
     job = LayoutJob(out, plan, layout)
-    del opened  # every process opens its own
     if not do_parts(job, devices=options.devices, device=options.device):
         return None
     record = {
@@ -78,7 +75,7 @@ def draw_layout(
         "date": now(),
         "code": code_version(),
         "environment": environment(device),
-        "checkpoint": plan.recipe.checkpoint,
+        "checkpoint": plan.described()["checkpoint"],
         **facts,
     }
     list_file = job.finish(record)
@@ -86,7 +83,7 @@ def draw_layout(
     return LayoutReport(layout.name, out / layout.folder, layout.num_samples, count, list_file)
 
 
-def _check(is_text: bool, plan: DrawPlan, layout: Layout) -> None:
+def _check(is_text: bool, plan: SamplePlan, layout: Layout) -> None:
     if not is_text:
         raise ValueError(f"{layout.name} is about prompts, and this generator draws classes.")
     frames = plan.size.num_frames

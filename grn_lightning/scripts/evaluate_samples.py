@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,8 @@ from grn_lightning.datasets.manifest import write_json
 from grn_lightning.metrics import DigitJudge, Measurement, ReferenceStatistics
 from grn_lightning.metrics.protocols import CONVENTIONS, Rounding, metric_name
 from grn_lightning.scripts.asking import Asked, what_to_ask
-from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan, fingerprint
-from grn_lightning.scripts.opening import open_drawer
+from grn_lightning.scripts.draw_plan import DrawOptions, SamplePlan, fingerprint
+from grn_lightning.scripts.drawers import plan_samples
 from grn_lightning.scripts.parts import do_parts, settle_plan
 from grn_lightning.scripts.records import (
     Figure,
@@ -127,7 +127,7 @@ def _compared(
     return found
 
 
-def _facts(plan: DrawPlan, asked: Asked, compared: Sequence[Compared], rest: dict) -> dict:
+def _facts(plan: SamplePlan, asked: Asked, compared: Sequence[Compared], rest: dict) -> dict:
     """Return all that decides the parts, as plain data."""
     return {
         **plan.facts(),
@@ -163,16 +163,14 @@ def _record(
     return {
         "about": about,
         "stage": "generator",
-        "checkpoint": plan.recipe.checkpoint,
+        "refine": None,
+        **plan.described(),
         "step": 0 if run is None else run.step,
         "samples_seen": 0 if run is None else run.samples_seen,
-        "weights": plan.recipe.weights,
         "size": list(plan.size),
         "num_samples": count,
         "data": job.asked.origin,
         "split": "",
-        "seed": plan.recipe.seed,
-        "refine": asdict(plan.recipe.refine),
         "plan": rest.pop("plan"),
         "references": [
             {
@@ -194,10 +192,7 @@ def _record(
 
 
 def _device_tag(job: FeatureJob, spent: dict[str, Any], device: str) -> list[Figure]:
-    refine = job.plan.recipe.refine
-    walk = (f"{refine.num_steps} steps", f"scale {refine.guidance_scale:g}")
-    at_most = walk if refine.adaptive is None else (f"at most {walk[0]}", walk[1])
-    batch = f"batch {job.plan.batch_size}"
+    at_most, batch = job.plan.walk, f"batch {job.plan.batch_size}"
     return [
         Figure("steps/sample", at_most, spent["mean_steps"], meaning="mean number of steps"),
         Figure(
@@ -211,7 +206,7 @@ def _device_tag(job: FeatureJob, spent: dict[str, Any], device: str) -> list[Fig
             (*at_most, device, batch),
             spent["seconds_per_sample"],
             "s",
-            "condition, refinement and decoding, judges left out, added up over processes",
+            "condition, drawing and decoding, judges left out, added up over processes",
         ),
     ]
 
@@ -241,7 +236,8 @@ def evaluate_samples(
     none of that changes a number.
 
     Args:
-        checkpoint: Checkpoint of a generator, the folder of its run, or an export.
+        checkpoint: Checkpoint of a generator, the folder of its run, or an export; of
+            coarse-to-fine prediction its stage 1, with stage 2 as `--fine`.
         num_samples: How many samples, 50000 for publications; by default one for every condition.
         conditions: Folder of shards whose captions or classes are asked for, or a text file with
             one prompt a line; more samples than conditions must be a multiple of them.
@@ -266,6 +262,12 @@ def evaluate_samples(
     """
     given, start, date = dict(locals()), time.perf_counter(), now()
     _check(part_size, judge)
+    device = choose_device(config.device)
+    drawer = plan_samples(checkpoint, config, device=device)
+    plan, run = drawer.plan, drawer.run
+    asked = what_to_ask(
+        drawer.num_classes, num_samples=num_samples, conditions=conditions, split=split
+    )
     compared = _compared(
         _as_list(features),
         _as_list(feature_weights),
@@ -273,27 +275,17 @@ def evaluate_samples(
         judge=judge,
         rounding=rounding,
     )
-    opened = open_drawer(
-        checkpoint, config.weights, folder=config.weights_folder, tokenizer=config.tokenizer
-    )
-    device = choose_device(config.device)
-    plan = DrawPlan.make(opened, config, device=device)
-    asked = what_to_ask(
-        opened.pipeline.config, num_samples=num_samples, conditions=conditions, split=split
-    )
     if len(asked.values) < 2:
         raise ValueError(f"a set must have at least 2 samples, got {len(asked.values)}.")
 
     judge_hash = None if judge is None else file_hash(judge)
     facts = _facts(plan, asked, compared, {"part_size": part_size, "judge": judge_hash})
-    run, origin = opened.run, opened.facts()
     if run is not None:
         read_evaluations(run.folder)  # refuses what the result could not be added to
     folder = out or _default_folder(run, facts)
     settle_plan(folder, facts)
     sources = [one.features.source for one in compared]
     job = FeatureJob(folder, plan, asked, sources, judge, part_size, keep_samples)
-    del opened  # every process opens its own
     missing = left_out(job, compared)
     _warn_of_no_number(job, compared, missing)
     if not do_parts(job, devices=config.devices, device=config.device):
@@ -301,7 +293,7 @@ def evaluate_samples(
 
     spent = costs(job)
     report = SetReport(
-        title=f"{len(asked.values)} samples of {plan.recipe.checkpoint}, {asked.origin}, "
+        title=f"{len(asked.values)} samples of {plan.described()['checkpoint']}, {asked.origin}, "
         f"{plan.size}",
         measurements=tuple(measure(job, compared)),
         figures=(*shares(job), *_device_tag(job, spent, device.type)),
@@ -315,7 +307,7 @@ def evaluate_samples(
         compared,
         report,
         {
-            **origin,
+            **drawer.origin,
             "plan": facts,
             "command": command_line(evaluate_samples, given),
             "date": date,

@@ -23,7 +23,7 @@ from grn_lightning.media.images import decode_image, encode_png, to_uint8
 from grn_lightning.media.video import write_mp4
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.recipes import LIST_FILE
-from grn_lightning.scripts.draw_plan import DrawPlan
+from grn_lightning.scripts.draw_plan import SamplePlan
 from grn_lightning.scripts.parts import PartJob, Progress, part_sizes
 
 GENEVAL_FOLDER = "images"
@@ -220,7 +220,7 @@ class LayoutJob(PartJob):
     """Draws the samples of a layout; a part is done when its files are there."""
 
     folder: Path
-    plan: DrawPlan
+    plan: SamplePlan
     layout: Layout
     title: str = field(default="sample", init=False)
 
@@ -264,11 +264,10 @@ class LayoutJob(PartJob):
 
         return do
 
-    def note_of(self, number: int, num_steps: int) -> str:
+    def note_of(self, number: int, num_steps: int) -> str | None:
         """Return the recipe that travels in a file, for `grn replay`."""
         shown = self.layout.prompt_of(number).shown
-        recipe = self.plan.recipe_of("captions", shown, number=number, num_steps=num_steps)
-        return recipe.as_note()
+        return self.plan.note_of("captions", shown, number=number, num_steps=num_steps)
 
     def _write(
         self, number: int, elements: Tensor, num_steps: int, pipeline: GeneratorPipeline
@@ -286,7 +285,7 @@ class LayoutJob(PartJob):
         else:
             unfinished = self.folder / _UNFINISHED / f"{number}.mp4"
             unfinished.unlink(missing_ok=True)  # of a process that was killed
-            write_mp4(unfinished, chunks, fps=self.plan.recipe.fps, note=note)
+            write_mp4(unfinished, chunks, fps=self.plan.fps, note=note)
         unfinished.replace(file)
 
     def finish(self, job: Mapping[str, Any]) -> Path:
@@ -299,8 +298,8 @@ class LayoutJob(PartJob):
             {
                 "sample_index": number,
                 "prompt": layout.prompt_of(number).text,
-                "shown": self.plan.style.apply(layout.prompt_of(number).shown),
-                "seed": self.plan.recipe.seed,
+                "shown": self.plan.shown(layout.prompt_of(number).shown),
+                "seed": self.plan.described()["seed"],
                 "files": [str(layout.file_of(number))],
             }
             for number in range(layout.num_samples)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grn_lightning.lit.generator import load_generator
+from grn_lightning.lit.loading import is_stage
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.pretrained import export_files, is_export
 from grn_lightning.pipelines import GeneratorPipeline
@@ -22,6 +23,12 @@ AUTO = "auto"
 _DEFAULTS = RefineConfig()
 
 
+def identity(checkpoint: Path) -> dict[str, Any]:
+    """Return path and hash of a checkpoint or export, for a list of samples."""
+    file = export_files(checkpoint).tensors if is_export(checkpoint) else checkpoint
+    return {"checkpoint": str(checkpoint), "checkpoint_sha256": file_hash(file)}
+
+
 @dataclass(frozen=True)
 class Opened:
     """A pipeline, and what its origin says about it."""
@@ -37,8 +44,7 @@ class Opened:
 
     def facts(self) -> dict[str, Any]:
         """Return what identifies the weights, for a list of samples."""
-        file = export_files(self.file).tensors if is_export(self.file) else self.file
-        facts = {"checkpoint": str(self.file), "checkpoint_sha256": file_hash(file)}
+        facts = identity(self.file)
         return facts if self.weights is None else {"weights": self.weights, **facts}
 
     def recipe(self, tokenizer: Path | None) -> dict[str, Any]:
@@ -70,11 +76,11 @@ class Opened:
         return replace(base, **changed) if changed else base
 
 
-def _refuse_stages(run: TrainedRun) -> None:
-    if run.stage in ("raster", "fine"):
+def _refuse_stages(checkpoint: Path) -> None:
+    if is_stage(checkpoint):
         raise ValueError(
-            f"'{run.checkpoint}' is a stage of coarse-to-fine prediction, which does not refine: "
-            "`grn sample` draws from it, `grn bench generators` and `grn bench fine` judge it."
+            f"'{checkpoint}' is a stage of coarse-to-fine prediction, which does not refine: "
+            "`grn sample` draws from it, `grn evaluate samples` and `grn bench fine` judge it."
         )
 
 
@@ -107,14 +113,14 @@ def open_drawer(
         pipeline = load_published(weights, folder, tokenizer=network)
         return Opened(pipeline, fetch(weights, folder), None, weights)
     assert checkpoint is not None
+    _refuse_stages(checkpoint)
+    run = open_run(checkpoint)
     if is_export(checkpoint):
-        _refuse_stages(run := open_run(checkpoint))
         network = None if tokenizer is None else load_tokenizer(tokenizer)
         loaded = load_export(checkpoint, network)
         if not isinstance(loaded, GeneratorPipeline):
             raise ValueError(f"'{checkpoint}' is a tokenizer, which draws nothing.")
         return Opened(loaded, checkpoint, run)
-    _refuse_stages(run := open_run(checkpoint))
     place = None if tokenizer is None else str(tokenizer)
     pipeline = load_generator(run.checkpoint, tokenizer=place).pipeline
     pipeline.sampling = calibrated(run) or pipeline.sampling

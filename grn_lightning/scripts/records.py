@@ -244,6 +244,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 def add_evaluation(folder: Path, record: Mapping[str, Any]) -> Path:
     """Append an evaluation to those of a run; earlier ones stay."""
     evaluations = [*read_evaluations(folder), dict(record)]
+    folder.mkdir(parents=True, exist_ok=True)  # beside an export there is none yet
     write_json(folder / EVALUATION_FILE, {"format": _FORMAT, "evaluations": evaluations})
     return folder / EVALUATION_FILE
 

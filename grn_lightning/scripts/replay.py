@@ -107,7 +107,7 @@ def replay(
     first = next(iter(recipes.values()))
     pipeline = _open(first, checkpoint, tokenizer).to(target)
     for recipe in recipes.values():
-        check_weights(recipe, pipeline, where=f"'{checkpoint or recipe.checkpoint}'")
+        check_weights(recipe.weights, pipeline.hashes, where=f"'{checkpoint or recipe.checkpoint}'")
         check_files(recipe)
     folder = new_folder(_REPLAYS) if out is None else out
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,10 @@ class Told:
     @property
     def evaluate_command(self) -> str:
         """The command that evaluates it."""
+        if self.run.stage == "raster":
+            return f"grn evaluate samples {self.run.folder} --num_samples 50000"
+        if self.run.stage == "fine":
+            return f"grn evaluate samples STAGE_1 --fine {self.run.folder} --num_samples 50000"
         data = self.run.source().get("path", "DATA")
         return f"grn evaluate {self.run.folder} {data}"
 

@@ -30,6 +30,13 @@ def _protocol(evaluation: dict[str, Any]) -> str:
             f"; {refine['num_steps']} steps, guidance {refine['guidance_scale']:g}, temperature "
             f"{refine['temperature']:g}, seed {evaluation['seed']}"
         )
+    if (draw := evaluation.get("draw")) is not None:  # coarse-to-fine prediction
+        for stage in ("coarse", "fine") if evaluation["fine"] else ("coarse",):
+            line += (
+                f"; {stage} labels at guidance {draw[stage]['guidance_scale']:g}, temperature "
+                f"{draw[stage]['temperature']:g}"
+            )
+        line += f", seed {evaluation['seed']}"
     return line + f"; checkpoint after {evaluation['step']} steps."
 
 

@@ -18,7 +18,7 @@ from grn_lightning.pipelines.registry import DEFAULT_FOLDER
 from grn_lightning.pipelines.resolutions import FPS
 from grn_lightning.samplers import RefineConfig, Trace, observers
 from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig
-from grn_lightning.scripts.drawing import DrawnPart, conditions_for, draw_parts, step_bar
+from grn_lightning.scripts.drawing import RefinedPart, conditions_for, draw_parts, step_bar
 from grn_lightning.scripts.frames import write_sample
 from grn_lightning.scripts.opening import AUTO, Opened, open_drawer
 from grn_lightning.scripts.pictures import new_folder, slug, write_sheet
@@ -150,7 +150,7 @@ class _Writer:
         self.seconds = 0.0
         self.num_forwards = 0
 
-    def write(self, part: DrawnPart, pipeline: GeneratorPipeline) -> None:
+    def write(self, part: RefinedPart, pipeline: GeneratorPipeline) -> None:
         """Decode and write the samples of a part."""
         start = time.perf_counter()
         columns = zip(part.rows, part.elements.split(1), part.num_steps.tolist(), strict=True)

@@ -25,7 +25,7 @@ from grn_lightning.metrics.features import distance_name, extract, protocol_of
 from grn_lightning.metrics.protocols import Protocol, Rounding
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.scripts.asking import Asked
-from grn_lightning.scripts.draw_plan import DrawPlan
+from grn_lightning.scripts.draw_plan import SamplePlan
 from grn_lightning.scripts.drawing import DrawnPart
 from grn_lightning.scripts.frames import write_sample
 from grn_lightning.scripts.parts import PartJob, Progress, part_sizes
@@ -129,7 +129,7 @@ class FeatureJob(PartJob):
     """Draws samples and keeps their features; a part is one file."""
 
     folder: Path
-    plan: DrawPlan
+    plan: SamplePlan
     asked: Asked
     sources: Sequence[FeatureSource]
     judge: Path | None
@@ -201,11 +201,8 @@ class FeatureJob(PartJob):
             value = self.asked.values[number]
             for suffix in (".png", ".mp4", ".gif"):
                 stem.with_suffix(suffix).unlink(missing_ok=True)
-            recipe = self.plan.recipe_of(
-                self.asked.field, value, number=number, num_steps=num_steps
-            )
-            fps = self.plan.recipe.fps
-            write_sample(stem, elements, pipeline, fps=fps, note=recipe.as_note())
+            note = self.plan.note_of(self.asked.field, value, number=number, num_steps=num_steps)
+            write_sample(stem, elements, pipeline, fps=self.plan.fps, note=note)
 
     def read(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Yield tensors of all parts, in order; those that a part lacks are left out.

@@ -16,6 +16,7 @@ from grn_lightning.datasets.manifest import write_json
 from grn_lightning.media.images import encode_png, to_uint8
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig
+from grn_lightning.scripts.drawing import decoded
 from grn_lightning.scripts.pictures import shrink, slug
 
 _KNOWN = (
@@ -66,11 +67,21 @@ def refuse_options(
     Raises:
         ValueError: If there are any.
     """
-    defaults = {name: p.default for name, p in signature(command).parameters.items()}
+    parameters = signature(command).parameters.items()
+    defaults = {name: p.default for name, p in parameters if p.default is not Parameter.empty}
+    refuse_unused(given, defaults, known, what=what)
+
+
+def refuse_unused(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], known: Sequence[str], *, what: str
+) -> None:
+    """Refuse what differs from its default and has no effect; see `refuse_options`.
+
+    Raises:
+        ValueError: If there is something.
+    """
     unused = [
-        name
-        for name, default in defaults.items()
-        if name not in known and default is not Parameter.empty and given[name] != default
+        name for name, default in defaults.items() if name not in known and given[name] != default
     ]
     if unused:
         names = ", ".join(f"`--{name}`" for name in unused)
@@ -134,9 +145,9 @@ def draw_stages(
     for part in tqdm(torch.arange(len(values)).split(batch_size), desc="sample", unit="part"):
         index = (part + first_index).to(pipeline.device)
         condition = pipeline.condition({field: [values[n] for n in part.tolist()]})
-        drawn = pipeline.draw(condition, index, config=config, seed=seed)
+        drawn = pipeline.draw_codes(condition, index, config=config, seed=seed)
         num_rows += drawn.num_rows + len(part) * (pipeline.fine is not None)
-        pictures = to_uint8(drawn.clips[:, :, 0]).cpu()
+        pictures = to_uint8(decoded(pipeline, drawn.codes)[:, :, 0]).cpu()
         for n, picture, leak in zip(part.tolist(), pictures, drawn.leak_rate.tolist(), strict=True):
             file = folder / f"{first_index + n:05d}-{slug(labels[n])}.png"
             with file.open("xb") as stream:

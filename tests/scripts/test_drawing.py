@@ -8,7 +8,7 @@ import torch
 from grn_lightning.lit.generator import load_generator
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.samplers import AdaptiveSteps, RefineConfig, StepInfo
-from grn_lightning.scripts.drawing import DrawnPart, draw_parts
+from grn_lightning.scripts.drawing import RefinedPart, draw_parts
 from grn_lightning.scripts.runs import ClipSize
 from tests.scripts.conftest import Runs
 
@@ -34,7 +34,7 @@ def adaptive(pipeline: GeneratorPipeline, wanted: dict, size: ClipSize) -> Refin
 
 def drawn(
     pipeline: GeneratorPipeline, wanted: dict, size: ClipSize, config, batch_size: int, **rest
-) -> list[DrawnPart]:
+) -> list[RefinedPart]:
     [values] = wanted.values()
     index = torch.arange(len(values)) + 4
     return list(

@@ -380,6 +380,8 @@ def test_what_does_not_belong_together_is_refused(
         judged(run, reference=tmp_path / "gone.npz")
     with pytest.raises(ValueError, match="weights_path must be the file"):
         judged(run, features="adm", feature_weights=tmp_path / "gone.pth")
+    with pytest.raises(ValueError, match="gone"):  # before its judges are looked for
+        judged(tmp_path / "gone", features="adm", feature_weights=tmp_path / "no.pth")
     with pytest.raises(ValueError, match="`part_size` must be at least 1, got 0"):
         judged(run, part_size=0)
     with pytest.raises(ValueError, match="`devices` must be at least 1, got 0"):
