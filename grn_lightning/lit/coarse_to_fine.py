@@ -23,6 +23,7 @@ from grn_lightning.lit.base import as_config, as_plain
 from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select, trained_state
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
+from grn_lightning.lit.parts import checkpoint_blocks
 from grn_lightning.models.clusters import read_clusters
 from grn_lightning.models.coarse_split import CoarseSplit, MapSizes, PrefixSplit
 from grn_lightning.models.code_transformer import CodeTransformer, CodeTransformerConfig
@@ -88,6 +89,7 @@ class _PredictionStage(CodeStage):
         optim: OptimConfig | None,
         init_from: str | None,
         cache_codes: bool,
+        activation_checkpointing: bool,
         seed: int,
     ):
         text_config = None if text_encoder is None else as_config(TextEncoderConfig, text_encoder)
@@ -105,6 +107,7 @@ class _PredictionStage(CodeStage):
         self.num_classes = num_classes
         self.condition_dropout = condition_dropout
         self.init_from = init_from
+        self.activation_checkpointing = activation_checkpointing
         self.val_bits, self.val_accuracy = MeanMetric(), MeanMetric()
 
     def _plain(self) -> dict[str, Any]:
@@ -120,6 +123,7 @@ class _PredictionStage(CodeStage):
             "optim": as_plain(self.optim),
             "init_from": self.init_from,
             "cache_codes": self.cache_codes,
+            "activation_checkpointing": self.activation_checkpointing,
             "seed": self.seed,
         }
 
@@ -170,6 +174,8 @@ class _PredictionStage(CodeStage):
         )
         if self.init_from is not None:
             self._load_weights(trained_state(self.init_from))
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.network)
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         self.network.load_state_dict(select(state, "network"))
@@ -256,6 +262,8 @@ class LitRaster(_PredictionStage):
         optim: Optimizer and schedule.
         init_from: Run, checkpoint or export whose averaged weights are the start.
         cache_codes: Keep the codes of every training sample in memory.
+        activation_checkpointing: Compute every block once more on the way back instead of keeping
+            its activations.
         seed: Seed of all noise.
     """
 
@@ -272,6 +280,7 @@ class LitRaster(_PredictionStage):
         optim: OptimConfig | None = None,
         init_from: str | None = None,
         cache_codes: bool = False,
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ):
         super().__init__(
@@ -285,6 +294,7 @@ class LitRaster(_PredictionStage):
             optim=optim,
             init_from=init_from,
             cache_codes=cache_codes,
+            activation_checkpointing=activation_checkpointing,
             seed=seed,
         )
         self.save_hyperparameters(self._plain())
@@ -322,6 +332,7 @@ class LitFine(_PredictionStage):
         optim: Optimizer and schedule.
         init_from: As in `LitRaster`.
         cache_codes: As in `LitRaster`.
+        activation_checkpointing: As in `LitRaster`.
         seed: Seed of all noise.
     """
 
@@ -341,6 +352,7 @@ class LitFine(_PredictionStage):
         optim: OptimConfig | None = None,
         init_from: str | None = None,
         cache_codes: bool = False,
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ):
         super().__init__(
@@ -354,6 +366,7 @@ class LitFine(_PredictionStage):
             optim=optim,
             init_from=init_from,
             cache_codes=cache_codes,
+            activation_checkpointing=activation_checkpointing,
             seed=seed,
         )
         if not 0 <= coarse_noise <= 1:

@@ -42,7 +42,7 @@ def build(kind: type, tokenizer: Path, split: Any = None, **rest: Any) -> Any:
     """A stage with weights that matter, in evaluation mode."""
     torch.manual_seed(0)
     module = kind(
-        BackboneConfig(**BACKBONE),
+        BackboneConfig(**rest.pop("backbone", BACKBONE)),
         str(tokenizer),
         grid_size=(2, 2),
         split=split,
@@ -106,6 +106,35 @@ def test_stage_2_does_not_see_its_targets(tokenizer_run, batch):
     assert torch.equal(before, after)
     other = fine._predict(codes ^ 2, labels, batch["sample_index"])[0]  # other coarse bits
     assert not torch.equal(before, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone"), [(LitRaster, {"channel_depth": 1}), (LitFine, {"dropout": 0.3})]
+)
+def test_activation_checkpointing_saves_memory_and_nothing_else(
+    kind, backbone, tokenizer_run, batch
+):
+    gradients, sizes = [], []
+    for is_on in (False, True):
+        options = {"activation_checkpointing": is_on, "backbone": BACKBONE | backbone}
+        stage = build(kind, tokenizer_run, {"coarse_rounds": 1}, **options)
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        stage.train()
+        torch.manual_seed(1)
+        codes = stage.tokenize(batch["clips"])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits, targets = stage._predict(codes, batch["class_labels"], batch["sample_index"])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 3), targets.flatten())
+        sizes.append(sum(kept.values()))
+        loss.backward()
+        gradients.append({n: p.grad for n, p in stage.network.named_parameters()})
+    assert sizes[1] < 0.7 * sizes[0]
+    assert tensors_equal(*gradients)
 
 
 @torch.no_grad()

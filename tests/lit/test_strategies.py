@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ def start_in_turn(calls: list[list[str]], folder: Path, rank: int, port: int) ->
         )
 
 
+@contextmanager
+def run_in_turn(calls: list[list[str]], root: Path) -> Iterator[None]:
+    """Two processes give commands one after the other, and are gone in the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start_in_turn(calls, root, rank, port) for rank in range(2)]
+    try:
+        for rank, process in enumerate(processes):
+            code = process.wait(PATIENCE_SECONDS)
+            assert code == 0, (root / f"output_{rank}.txt").read_text()[-6000:]
+        yield
+    finally:
+        for process in processes:
+            kill(process)
+
+
 @pytest.fixture(scope="module")
 def two(
     one: Path, digits: Path, tokenizer_run: Path, tmp_path_factory: pytest.TempPathFactory
@@ -174,18 +192,8 @@ def two(
     for name, strategy in HALF.items():
         file = half(root / name, digits, tokenizer_run, devices=2, strategy=strategy)
         calls.append(["fit", "-c", str(file)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start_in_turn(calls, root, rank, port) for rank in range(2)]
-    try:
-        for rank, process in enumerate(processes):
-            code = process.wait(PATIENCE_SECONDS)
-            assert code == 0, (root / f"output_{rank}.txt").read_text()[-6000:]
+    with run_in_turn(calls, root):
         yield root
-    finally:
-        for process in processes:
-            kill(process)
 
 
 def numbers(folder: Path, name: str) -> dict[int, float]:
