@@ -38,7 +38,7 @@ from grn_lightning.datasets.samples import SampleFormat
 from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.models.text_encoder import TextEncoder
-from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.tokenizers import Tokenizer
 
 _MAX_HISTOGRAM = 2**18  # numbers; larger ones are left out of the statistics
 
@@ -107,7 +107,7 @@ class CodeEncoder(L.LightningModule):
 
     def __init__(
         self,
-        tokenizer: HBQTokenizer,
+        tokenizer: Tokenizer,
         text_encoder: TextEncoder | None,
         *,
         flip: bool,

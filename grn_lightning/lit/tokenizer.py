@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -51,6 +52,7 @@ from grn_lightning.models.pretrained import is_export, read_pretrained
 from grn_lightning.models.tokenizer import TokenizerOutput
 from grn_lightning.models.tokenizers import (
     AnyTokenizerConfig,
+    Tokenizer,
     as_tokenizer_config,
     build_tokenizer,
 )
@@ -118,7 +120,7 @@ class LitTokenizer(StageModule):
     """
 
     averaged = ("tokenizer",)
-    tokenizer: Any  # HBQTokenizer or VQTokenizer
+    tokenizer: Tokenizer
     lpips: LPIPS
 
     def __init__(
@@ -433,7 +435,7 @@ def _code_statistics(config: AnyTokenizerConfig) -> CodeStatistics | None:
     )
 
 
-def load_tokenizer(path: str | Any) -> Any:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return a trained tokenizer with averaged weights, frozen and in eval mode.
 
     Args:

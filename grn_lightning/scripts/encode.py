@@ -23,7 +23,7 @@ from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.metrics.codes import CodeStatistics
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.models.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder
-from grn_lightning.models.tokenizer import TokenizerConfig
+from grn_lightning.models.tokenizers import AnyTokenizerConfig
 from grn_lightning.scripts.heldout import media_of
 from grn_lightning.scripts.runs import ClipSize, open_run
 
@@ -90,7 +90,7 @@ def _trainer(accelerator: str, devices: int | str, num_nodes: int) -> L.Trainer:
 
 
 def _facts(
-    config: TokenizerConfig, tokenizer_hash: str, size: ClipSize, fps: float | None
+    config: AnyTokenizerConfig, tokenizer_hash: str, size: ClipSize, fps: float | None
 ) -> CodeFacts:
     if not config.has_codes:
         raise ValueError("the tokenizer has no quantizer, so there are no codes to be stored.")

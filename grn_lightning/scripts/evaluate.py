@@ -10,7 +10,7 @@ from typing import Any
 from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.lit.generator import LitGenerator, load_generator
 from grn_lightning.lit.tokenizer import load_tokenizer
-from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.tokenizers import Tokenizer
 from grn_lightning.nn.perceptual import find_vgg_weights
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.drawing import size_for
@@ -108,14 +108,14 @@ def _default_count(run: TrainedRun, available: int) -> int:
     return available if run.stage == "tokenizer" else min(_NUM_SAMPLES, available)
 
 
-def _load(run: TrainedRun, tokenizer: Path | None) -> LitGenerator | HBQTokenizer:
+def _load(run: TrainedRun, tokenizer: Path | None) -> LitGenerator | Tokenizer:
     if run.stage == "tokenizer":
         return load_tokenizer(run.checkpoint)
     return load_generator(run.checkpoint, tokenizer=None if tokenizer is None else str(tokenizer))
 
 
 def _size(
-    trained: LitGenerator | HBQTokenizer, run: TrainedRun, source: dict[str, Any], **wanted: Any
+    trained: LitGenerator | Tokenizer, run: TrainedRun, source: dict[str, Any], **wanted: Any
 ) -> ClipSize:
     if isinstance(trained, LitGenerator):
         return size_for(trained, run, source, **wanted)

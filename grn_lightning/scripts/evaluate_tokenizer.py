@@ -16,6 +16,7 @@ from grn_lightning.metrics import CodeStatistics, FramePSNR, FrameSSIM
 from grn_lightning.metrics.protocols import short_count
 from grn_lightning.metrics.reconstruction import FrameMean
 from grn_lightning.models.tokenizer import HBQTokenizer
+from grn_lightning.models.tokenizers import Tokenizer
 from grn_lightning.nn.perceptual import LPIPS, find_vgg_weights
 from grn_lightning.scripts.heldout import HeldOut
 from grn_lightning.scripts.judging import Judging
@@ -89,7 +90,7 @@ class _Scores:
         lpips: None leaves that distance out.
     """
 
-    def __init__(self, tokenizer: HBQTokenizer, size: ClipSize, lpips: LPIPS | None):
+    def __init__(self, tokenizer: Tokenizer, size: ClipSize, lpips: LPIPS | None):
         config = tokenizer.config
         self.device = next(tokenizer.parameters()).device
         # A codebook has no rounds; it counts as one.
@@ -116,16 +117,17 @@ class _Scores:
             metrics["LPIPS"] = FrameLPIPS(lpips)
         return {name: metric.to(self.device) for name, metric in metrics.items()}
 
-    def _decode(self, tokenizer: HBQTokenizer, z: Tensor, rounds: int) -> Tensor:
+    def _decode(self, tokenizer: Tokenizer, z: Tensor, rounds: int) -> Tensor:
         if rounds == _UNQUANTIZED:
             z_hat = z
         elif rounds == self.own:
             z_hat = tokenizer.dequantize(tokenizer.quantize(z)).to(z.dtype)
         else:
+            assert isinstance(tokenizer, HBQTokenizer), "codebooks have no rounds"
             z_hat = tokenizer.quantize_rounds(z, num_rounds=rounds)
         return tokenizer.decode(z_hat).float()
 
-    def update(self, tokenizer: HBQTokenizer, clips: Tensor) -> Tensor:
+    def update(self, tokenizer: Tokenizer, clips: Tensor) -> Tensor:
         """Add clips; returns their reconstruction, clamped to [-1, 1]."""
         z = tokenizer.encode(clips)
         if self.codes is not None:
@@ -200,7 +202,7 @@ class _Scores:
         return figures
 
 
-def _rate(tokenizer: HBQTokenizer, size: ClipSize, bits_per_pixel: float) -> list[Figure]:
+def _rate(tokenizer: Tokenizer, size: ClipSize, bits_per_pixel: float) -> list[Figure]:
     """Bits of the codes per pixel of every frame; nothing without codes."""
     config = tokenizer.config
     if not config.has_codes:
@@ -278,7 +280,7 @@ class _Shown:
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: HBQTokenizer,
+    tokenizer: Tokenizer,
     held_out: HeldOut,
     judging: Judging,
     *,

@@ -8,6 +8,7 @@ from grn_lightning.lit.generator import load_generator
 from grn_lightning.lit.loading import is_stage
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.pretrained import export_files, is_export
+from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.pipelines import GeneratorPipeline
 from grn_lightning.pipelines.loading import load_export
 from grn_lightning.pipelines.published import fetch, load_published, sampling_of
@@ -110,6 +111,11 @@ def open_drawer(
     if weights is not None:
         published(weights)  # refuses unknown names before anything is loaded
         network = None if tokenizer is None else load_tokenizer(tokenizer)
+        if not isinstance(network, HBQTokenizer | None):
+            raise ValueError(
+                f"'{weights}' refines codes of an HBQTokenizer, and '{tokenizer}' is a "
+                f"{type(network).__name__}; leave `--tokenizer` out, or name another."
+            )
         pipeline = load_published(weights, folder, tokenizer=network)
         return Opened(pipeline, fetch(weights, folder), None, weights)
     assert checkpoint is not None

@@ -81,7 +81,9 @@ def train_arm(
         device=config.device,
     )
     pace = training.fit(module, data_module, bar)
-    return module.tokenizer.eval().requires_grad_(False), pace.milliseconds
+    tokenizer = module.tokenizer.eval().requires_grad_(False)
+    assert isinstance(tokenizer, HBQTokenizer), "arms differ in their quantizer only"
+    return tokenizer, pace.milliseconds
 
 
 class _Scores:

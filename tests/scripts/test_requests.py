@@ -1,6 +1,6 @@
 """Sizes by preset, aspect and seconds: what is asked for, what is usual, what contradicts."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from grn_lightning.models.pretrained import write_pretrained
 from grn_lightning.models.tokenizer import TokenizerConfig
 from grn_lightning.models.variants import GRN_TEXT, TOKENIZERS
+from grn_lightning.models.vq_tokenizer import VQTokenizer, VQTokenizerConfig
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.samplers.presets import get_preset
 from grn_lightning.scripts.opening import AUTO, Opened, open_drawer
@@ -99,5 +101,11 @@ def test_one_thing_is_opened(tmp_path: Path) -> None:
             open_drawer(checkpoint, weights, folder=tmp_path, tokenizer=None)
     with pytest.raises(ValueError, match="no published weights are called 't2v'"):
         open_drawer(None, "t2v", folder=tmp_path, tokenizer=None)
+    codebook = tmp_path / "codebook"
+    network = VQTokenizer(VQTokenizerConfig(codebook_size=4, codebook_dim=2, width=32))
+    info = {"kind": "tokenizer", "config": {"tokenizer": asdict(network.config)}}
+    write_pretrained(codebook, {"tokenizer": network}, info)
+    with pytest.raises(ValueError, match="'t2v-2b' refines codes of an HBQ.* is a VQTokenizer; l"):
+        open_drawer(None, "t2v-2b", folder=tmp_path, tokenizer=codebook)
     with pytest.raises(ValueError, match="no picture at"):
         read_picture(tmp_path / "none.png")

@@ -13,6 +13,7 @@ from grn_lightning.lit.tokenizer import LitTokenizer
 from grn_lightning.media.images import to_uint8
 from grn_lightning.media.sheets import clip_sheet, contact_sheet, film_strip
 from grn_lightning.metrics.reconstruction import FramePSNR
+from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.samplers import RefineConfig
 
 
@@ -59,20 +60,22 @@ class ReconstructionSheet(L.Callback):
                 log_picture(trainer, "images", contact_sheet(cells[:, 0], labels, columns=6))
             else:
                 log_picture(trainer, "clips", film_strip(cells, labels))
-        if pl_module.tokenizer.config.has_rounds:
+        if isinstance(pl_module.tokenizer, HBQTokenizer) and pl_module.tokenizer.config.has_rounds:
             psnr_of_rounds(pl_module, self._clips[max(self._clips)], self.max_rounds)
         self._clips.clear()
 
 
 def psnr_of_rounds(module: LitTokenizer, clips: Tensor, max_rounds: int) -> None:
     """Log the PSNR of decoding 1 .. `max_rounds` rounds of the same latents, and all of them."""
-    z = module.tokenizer.encode(clips)
+    tokenizer = module.tokenizer
+    assert isinstance(tokenizer, HBQTokenizer), "codebooks have no rounds"
+    z = tokenizer.encode(clips)
     quantized = {
-        f"m{m}": module.tokenizer.quantize_rounds(z, num_rounds=m) for m in range(1, max_rounds + 1)
+        f"m{m}": tokenizer.quantize_rounds(z, num_rounds=m) for m in range(1, max_rounds + 1)
     }
     for name, z_hat in {**quantized, "unquantized": z}.items():
         psnr = FramePSNR().to(clips.device)
-        psnr.update(module.tokenizer.decode(z_hat).float(), clips)
+        psnr.update(tokenizer.decode(z_hat).float(), clips)
         module.log(f"psnr_by_rounds/{name}", psnr.compute())
 
 
