@@ -18,11 +18,13 @@ from torch import Tensor
 
 from grn_lightning.media.images import decode_image, to_uint8
 from grn_lightning.media.notes import read_note
+from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.pipelines.conditions import with_first_frame
 from grn_lightning.pipelines.editing import DrawJob, Edited
 from grn_lightning.pipelines.generator import GeneratorPipeline
 from grn_lightning.pipelines.plans import EditPlan, carry_out
 from grn_lightning.samplers import RefineConfig
+from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig, DrawConfig
 from grn_lightning.samplers.stopping import AdaptiveSteps
 
 FORMAT = 1
@@ -32,25 +34,69 @@ LIST_FILE = "samples.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How one picture or clip was made."""
+class Making:
+    """What recipes of all kinds say."""
 
     checkpoint: str
-    """Where the generator lay."""
+    """Where the generator lay; of coarse-to-fine prediction, stage 1."""
     tokenizer: str | None = None
     """Where the tokenizer lay, if not where the generator says."""
-    published: str | None = None
-    """Name of published weights, which `checkpoint` was then a file of."""
     weights: dict[str, str]
-    """Hashes of the weights of generator, tokenizer and text encoder."""
+    """Hashes of the weights of all parts, by name."""
     condition: dict[str, Any]
     """What was asked for: `captions` or `class_labels`, one value."""
-    negative_prompt: str = ""
-    """What guidance steered away from, for text."""
     sample_index: int
     """Number of the sample: with the seed it names the noise."""
     seed: int
     """Seed of the job."""
+    device: str = "cpu"
+    """Type of the device; others round differently."""
+    version: str = field(default_factory=lambda: version("grn-lightning"))
+    """Version of this package."""
+
+    @property
+    def given_files(self) -> dict[str, Path]:
+        """The files that it reads, by role."""
+        return {}
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return it as plain data, with the number of its format."""
+        return {
+            _KEY: FORMAT,
+            **{k: v for k, v in asdict(self).items() if v is not None and v != {}},
+        }
+
+    def as_note(self) -> str:
+        """Return it as the text that travels in a file."""
+        return json.dumps(self.as_plain(), ensure_ascii=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecipe(Making):
+    """How one picture was made by coarse-to-fine prediction, or by its plain baseline."""
+
+    draw: CoarseToFineConfig
+    """Guidance, temperature and truncation of both stages."""
+    fine: str | None = None
+    """Where stage 2 lay; None for the baseline."""
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Self:
+        stages = {}
+        for name, plain in values["draw"].items():
+            low, high = plain["guidance_interval"]
+            stages[name] = DrawConfig(**dict(plain) | {"guidance_interval": (low, high)})
+        return cls(**values | {"draw": CoarseToFineConfig(**stages)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Making):
+    """How one picture or clip was made by refinement."""
+
+    published: str | None = None
+    """Name of published weights, which `checkpoint` was then a file of."""
+    negative_prompt: str = ""
+    """What guidance steered away from, for text."""
     size: tuple[int, int, int]
     """Frames, height and width of what was drawn at a time."""
     fps: float
@@ -67,10 +113,6 @@ class Recipe:
     """What was done to given files; None for a plain draw."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the given files, by role."""
-    device: str = "cpu"
-    """Type of the device; others round differently."""
-    version: str = field(default_factory=lambda: version("grn-lightning"))
-    """Version of this package."""
 
     @property
     def given_files(self) -> dict[str, Path]:
@@ -81,42 +123,46 @@ class Recipe:
 
     def as_plain(self) -> dict[str, Any]:
         """Return it as plain data, with the number of its format."""
-        plain = asdict(self) | {"edit": None if self.edit is None else self.edit.as_plain()}
-        return {_KEY: FORMAT, **{k: v for k, v in plain.items() if v is not None and v != {}}}
-
-    def as_note(self) -> str:
-        """Return it as the text that travels in a file."""
-        return json.dumps(self.as_plain(), ensure_ascii=False)
+        edit = {} if self.edit is None else {"edit": self.edit.as_plain()}
+        return super().as_plain() | edit
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any], *, where: str) -> Self:
-        """Return the recipe of plain data.
+    def _from_values(cls, values: dict[str, Any]) -> Self:
+        values["size"] = tuple(values["size"])
+        values["refine"] = _refine_config(values["refine"])
+        if values.get("edit") is not None:
+            values["edit"] = EditPlan.from_plain(values["edit"])
+        return cls(**values)
 
-        Args:
-            plain: What `as_plain` has returned, perhaps read from JSON.
-            where: What to call it in an error.
 
-        Raises:
-            ValueError: If it is of another format or version.
-        """
-        values = dict(plain)
-        found = values.pop(_KEY, None)
-        if found != FORMAT:
-            raise ValueError(
-                f"{where} holds a recipe of format {found}, this version reads {FORMAT}; replay it "
-                f"with grn-lightning {values.get('version', 'of its time')}."
-            )
-        try:
-            values["size"] = tuple(values["size"])
-            values["refine"] = _refine_config(values["refine"])
-            if values.get("edit") is not None:
-                values["edit"] = EditPlan.from_plain(values["edit"])
-            return cls(**values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{where} holds a recipe that this version cannot follow ({error}); replay it with "
-                f"grn-lightning {values.get('version', 'of its time')}."
-            ) from error
+AnyRecipe = Recipe | StageRecipe
+
+
+def recipe_of(plain: Mapping[str, Any], *, where: str) -> AnyRecipe:
+    """Return the recipe of plain data.
+
+    Args:
+        plain: What `as_plain` has returned, perhaps read from JSON.
+        where: What to call it in an error.
+
+    Raises:
+        ValueError: If it is of another format or version.
+    """
+    values = dict(plain)
+    found = values.pop(_KEY, None)
+    if found != FORMAT:
+        raise ValueError(
+            f"{where} holds a recipe of format {found}, this version reads {FORMAT}; replay it "
+            f"with grn-lightning {values.get('version', 'of its time')}."
+        )
+    kind = StageRecipe if "draw" in values else Recipe
+    try:
+        return kind._from_values(values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where} holds a recipe that this version cannot follow ({error}); replay it with "
+            f"grn-lightning {values.get('version', 'of its time')}."
+        ) from error
 
 
 def _refine_config(plain: Mapping[str, Any]) -> RefineConfig:
@@ -142,20 +188,20 @@ def _parsed(text: str | None) -> Any:
         return None
 
 
-def _from_list(file: Path) -> dict[str, Recipe]:
+def _from_list(file: Path) -> dict[str, AnyRecipe]:
     """Return the recipes of a list, by the name of the best file of each sample."""
     content = _parsed(file.read_text(encoding="utf-8"))
     if isinstance(content, dict) and _KEY in content:  # a recipe on its own
-        return {file.stem: Recipe.from_plain(content, where=f"'{file}'")}
+        return {file.stem: recipe_of(content, where=f"'{file}'")}
     rows = content.get("samples", []) if isinstance(content, dict) else []
     return {
-        row["files"][0]: Recipe.from_plain(row["recipe"], where=f"'{file}'")
+        row["files"][0]: recipe_of(row["recipe"], where=f"'{file}'")
         for row in rows
         if isinstance(row, dict) and "recipe" in row
     }
 
 
-def read_recipes(file: Path) -> dict[str, Recipe]:
+def read_recipes(file: Path) -> dict[str, AnyRecipe]:
     """Return what a picture, clip or list says about how it was made, by names of files.
 
     A picture that has lost its note (a program has saved it anew) is looked up in the list beside
@@ -171,7 +217,7 @@ def read_recipes(file: Path) -> dict[str, Recipe]:
     else:
         content = _parsed(read_note(file))
         if isinstance(content, dict) and _KEY in content:
-            return {file.name: Recipe.from_plain(content, where=f"'{file}'")}
+            return {file.name: recipe_of(content, where=f"'{file}'")}
         beside = file.with_name(LIST_FILE)
         listed = _from_list(beside) if beside.is_file() else {}
         found = {name: one for name, one in listed.items() if Path(name).stem == file.stem}
@@ -207,14 +253,15 @@ def check_weights(weights: Mapping[str, str], present: Mapping[str, str], *, whe
             )
 
 
-def check_files(recipe: Recipe) -> None:
+def check_files(recipe: AnyRecipe) -> None:
     """Refuse given files that are gone or others than those of a recipe.
 
     Raises:
         ValueError: If one is; it names both hashes.
     """
+    hashes = recipe.files if isinstance(recipe, Recipe) else {}
     for role, file in recipe.given_files.items():
-        wanted = recipe.files.get(role)
+        wanted = hashes.get(role)
         if not file.is_file():
             raise ValueError(f"its {role} '{file}' is gone; put it back to replay it.")
         if (found := file_hash(file)) != wanted:
@@ -241,7 +288,7 @@ def follow_edit(recipe: Recipe, pipeline: GeneratorPipeline) -> Edited:
     return carry_out(pipeline, recipe.edit, condition, draw_job(recipe, pipeline))
 
 
-def follow(recipe: Recipe, pipeline: GeneratorPipeline) -> Tensor:
+def follow(recipe: AnyRecipe, pipeline: GeneratorPipeline | CoarseToFinePipeline) -> Tensor:
     """Make a picture or clip again.
 
     Args:
@@ -251,16 +298,30 @@ def follow(recipe: Recipe, pipeline: GeneratorPipeline) -> Tensor:
     Returns:
         uint8 `(f, 3, h, w)`.
     """
+    if isinstance(recipe, StageRecipe):
+        assert isinstance(pipeline, CoarseToFinePipeline)
+        clips = _follow_stages(recipe, pipeline)
+    else:
+        assert isinstance(pipeline, GeneratorPipeline)
+        clips = _follow_refinement(recipe, pipeline)
+    return to_uint8(clips[0].cpu()).transpose(0, 1)
+
+
+def _follow_stages(recipe: StageRecipe, pipeline: CoarseToFinePipeline) -> Tensor:
+    condition = pipeline.condition({name: [value] for name, value in recipe.condition.items()})
+    index = torch.tensor([recipe.sample_index], device=pipeline.device)
+    return pipeline.draw(condition, index, config=recipe.draw, seed=recipe.seed).clips
+
+
+def _follow_refinement(recipe: Recipe, pipeline: GeneratorPipeline) -> Tensor:
     pipeline.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
     if recipe.edit is not None:
-        clips = follow_edit(recipe, pipeline).clips
-    else:
-        condition = pipeline.condition({name: [value] for name, value in recipe.condition.items()})
-        if recipe.first_frame is not None:
-            picture = decode_image(Path(recipe.first_frame).read_bytes(), source=recipe.first_frame)
-            first = pipeline.first_frame([picture], size=recipe.size[1:])
-            condition = with_first_frame(condition, first)
-        job = draw_job(recipe, pipeline)
-        index = job.sample_index
-        clips = pipeline.draw(condition, index, size=recipe.size, **job.arguments()).clips
-    return to_uint8(clips[0].cpu()).transpose(0, 1)
+        return follow_edit(recipe, pipeline).clips
+    condition = pipeline.condition({name: [value] for name, value in recipe.condition.items()})
+    if recipe.first_frame is not None:
+        picture = decode_image(Path(recipe.first_frame).read_bytes(), source=recipe.first_frame)
+        first = pipeline.first_frame([picture], size=recipe.size[1:])
+        condition = with_first_frame(condition, first)
+    job = draw_job(recipe, pipeline)
+    index = job.sample_index
+    return pipeline.draw(condition, index, size=recipe.size, **job.arguments()).clips

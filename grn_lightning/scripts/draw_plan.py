@@ -150,7 +150,7 @@ class SamplePlan(ABC):
         """
 
     @abstractmethod
-    def note_of(self, field: str, value: Any, *, number: int, num_steps: int) -> str | None:
+    def note_of(self, field: str, value: Any, *, number: int, num_steps: int) -> str:
         """Return the recipe that travels in the file of a sample, for `grn replay`."""
 
     @abstractmethod

@@ -45,7 +45,7 @@ def plan_samples(checkpoint: Path | None, options: DrawOptions, *, device: torch
         ValueError: If there is none, or it cannot draw that.
     """
     if checkpoint is not None and options.weights is None and is_stage(checkpoint):
-        return _plan_stages(checkpoint, options)
+        return _plan_stages(checkpoint, options, device)
     known = [name for name in vars(options) if name not in _OF_STAGES]
     refuse_unused(vars(options), vars(DrawOptions()), known, what="generators that refine")
     opened = open_drawer(
@@ -60,22 +60,22 @@ def plan_samples(checkpoint: Path | None, options: DrawOptions, *, device: torch
     )
 
 
-def _plan_stages(checkpoint: Path, options: DrawOptions) -> Drawer:
+def _plan_stages(checkpoint: Path, options: DrawOptions, device: torch.device) -> Drawer:
     refuse_unused(
         vars(options),
         vars(DrawOptions()),
         (*_OF_STAGES, *_OF_BOTH),
         what="coarse-to-fine prediction and its baseline",
     )
-    run = open_run(checkpoint)
+    run, fine = open_run(checkpoint), None
     place = None if options.tokenizer is None else str(options.tokenizer)
     pipeline = open_coarse_to_fine(checkpoint, options.fine, tokenizer=place)
     origin = identity(run.checkpoint)
     if options.fine is not None:
-        fine = identity(open_run(options.fine).checkpoint)
-        origin |= {f"fine_{name}": value for name, value in fine.items()}
+        fine = open_run(options.fine).checkpoint
+        origin |= {f"fine_{name}": value for name, value in identity(fine).items()}
     return Drawer(
-        plan=StagePlan.make(pipeline, run.checkpoint, options),
+        plan=StagePlan.make(pipeline, (run.checkpoint, fine), options, device=device),
         run=run,
         origin=origin,
         num_classes=None if pipeline.is_text else pipeline.coarse.config.num_classes,

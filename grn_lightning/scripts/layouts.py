@@ -264,7 +264,7 @@ class LayoutJob(PartJob):
 
         return do
 
-    def note_of(self, number: int, num_steps: int) -> str | None:
+    def note_of(self, number: int, num_steps: int) -> str:
         """Return the recipe that travels in a file, for `grn replay`."""
         shown = self.layout.prompt_of(number).shown
         return self.plan.note_of("captions", shown, number=number, num_steps=num_steps)

@@ -13,7 +13,7 @@ from grn_lightning import __version__
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.lit.loading import is_stage, open_coarse_to_fine
 from grn_lightning.pipelines import GeneratorPipeline
-from grn_lightning.pipelines.recipes import Recipe, file_hash
+from grn_lightning.pipelines.recipes import Recipe, StageRecipe, file_hash
 from grn_lightning.pipelines.registry import DEFAULT_FOLDER
 from grn_lightning.pipelines.resolutions import FPS
 from grn_lightning.samplers import RefineConfig, Trace, observers
@@ -24,7 +24,7 @@ from grn_lightning.scripts.opening import AUTO, Opened, open_drawer
 from grn_lightning.scripts.pictures import new_folder, slug, write_sheet
 from grn_lightning.scripts.records import command_line, environment, now
 from grn_lightning.scripts.requests import SizeRequest, as_asked, read_picture, style_and_task
-from grn_lightning.scripts.runs import choose_device
+from grn_lightning.scripts.runs import choose_device, open_run
 from grn_lightning.scripts.sample_stages import conditions_of, draw_stages, refuse_options
 from grn_lightning.scripts.traces import write_traces
 
@@ -217,21 +217,30 @@ def _sample_stages(given: dict[str, Any]) -> SampleReport:
     place = None if tokenizer is None else str(tokenizer)
     pipeline = open_coarse_to_fine(given["checkpoint"], fine, tokenizer=place)
     pipeline.to(choose_device(given["device"]))
+    first = StageRecipe(
+        checkpoint=str(open_run(given["checkpoint"]).checkpoint),
+        fine=None if fine is None else str(open_run(fine).checkpoint),
+        tokenizer=place,
+        weights=pipeline.hashes,
+        condition={},
+        sample_index=given["first_index"],
+        seed=given["seed"],
+        draw=given["draw"],
+        device=pipeline.device.type,
+    )
     wanted = _repeated(conditions_of(pipeline, prompts, class_labels), given["num_samples"])
     folder = _folder(given["out"])
     drawn = draw_stages(
         pipeline,
         wanted,
         folder,
-        config=given["draw"],
-        seed=given["seed"],
-        first_index=given["first_index"],
+        first=first,
         batch_size=given["batch_size"],
         facts={
             "command": command_line(sample, given),
-            "checkpoint": str(given["checkpoint"]),
-            "fine": None if fine is None else str(fine),
-            "weights": pipeline.hashes,
+            "checkpoint": first.checkpoint,
+            "fine": first.fine,
+            "weights": first.weights,
             "date": now(),
             "environment": environment(pipeline.device),
         },

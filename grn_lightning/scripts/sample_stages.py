@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from grn_lightning import __version__
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.media.images import encode_png, to_uint8
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
-from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig
+from grn_lightning.pipelines.recipes import StageRecipe
 from grn_lightning.scripts.drawing import decoded
 from grn_lightning.scripts.pictures import shrink, slug
 
@@ -119,9 +119,7 @@ def draw_stages(
     wanted: Mapping[str, Sequence[Any]],
     folder: Path,
     *,
-    config: CoarseToFineConfig,
-    seed: int,
-    first_index: int,
+    first: StageRecipe,
     batch_size: int,
     facts: Mapping[str, Any],
 ) -> StageSamples:
@@ -131,29 +129,29 @@ def draw_stages(
         pipeline: On its device.
         wanted: `captions` or `class_labels`, one per sample.
         folder: Where to.
-        config: How labels are drawn.
-        seed: Seed of the job.
-        first_index: Number of the first sample.
+        first: Recipe of the first sample, which shows nothing yet.
         batch_size: Most samples at a time; it does not change them.
         facts: What `samples.json` says of all of them.
     """
     (field, values), *_ = wanted.items()
     labels = [f"class {value}" if field == "class_labels" else value for value in values]
-    job = {**facts, "version": __version__, "seed": seed, "draw": asdict(config)}
+    job = {**facts, "version": __version__, "seed": first.seed, "draw": asdict(first.draw)}
     rows: list[dict[str, Any]] = []
     shown, num_rows, start = [], 0, time.perf_counter()
     for part in tqdm(torch.arange(len(values)).split(batch_size), desc="sample", unit="part"):
-        index = (part + first_index).to(pipeline.device)
+        index = (part + first.sample_index).to(pipeline.device)
         condition = pipeline.condition({field: [values[n] for n in part.tolist()]})
-        drawn = pipeline.draw_codes(condition, index, config=config, seed=seed)
+        drawn = pipeline.draw_codes(condition, index, config=first.draw, seed=first.seed)
         num_rows += drawn.num_rows + len(part) * (pipeline.fine is not None)
         pictures = to_uint8(decoded(pipeline, drawn.codes)[:, :, 0]).cpu()
         for n, picture, leak in zip(part.tolist(), pictures, drawn.leak_rate.tolist(), strict=True):
-            file = folder / f"{first_index + n:05d}-{slug(labels[n])}.png"
+            number = first.sample_index + n
+            recipe = replace(first, sample_index=number, condition={field: values[n]})
+            file = folder / f"{number:05d}-{slug(labels[n])}.png"
             with file.open("xb") as stream:
-                stream.write(encode_png(picture))
-            row = {"prompt": labels[n], "sample_index": first_index + n, "files": [file.name]}
-            rows.append(row | {"leak_rate": leak})
+                stream.write(encode_png(picture, note=recipe.as_note()))
+            row = {"prompt": labels[n], "sample_index": number, "files": [file.name]}
+            rows.append(row | {"leak_rate": leak, "recipe": recipe.as_plain()})
         shown.append(shrink(pictures, short_side=_SHOWN_SIDE)[:, None])
         write_json(folder / "samples.json", job | {"samples": rows})
     return StageSamples(

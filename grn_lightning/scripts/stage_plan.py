@@ -10,7 +10,7 @@ import torch
 
 from grn_lightning.lit.loading import open_coarse_to_fine
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
-from grn_lightning.pipelines.recipes import check_weights
+from grn_lightning.pipelines.recipes import StageRecipe, check_weights
 from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig
 from grn_lightning.scripts.draw_plan import DrawOptions, SamplePlan
 from grn_lightning.scripts.drawing import DrawnPart, decoded, seconds_on
@@ -35,26 +35,38 @@ class StagePlan(SamplePlan):
     """Seed of all draws."""
     batch_size: int
     """Samples drawn at a time."""
+    device: str
+    """Type of the device."""
 
     @classmethod
-    def make(cls, pipeline: CoarseToFinePipeline, checkpoint: Path, options: DrawOptions) -> Self:
+    def make(
+        cls,
+        pipeline: CoarseToFinePipeline,
+        stages: tuple[Path, Path | None],
+        options: DrawOptions,
+        *,
+        device: torch.device,
+    ) -> Self:
         """Settle what options leave open.
 
         Args:
             pipeline: Who draws.
-            checkpoint: Where its stage 1 lies.
+            stages: Where stage 1, or the plain baseline, and stage 2 lie.
             options: How.
+            device: Where samples will be drawn.
         """
+        first, second = stages
         stride = pipeline.tokenizer.config.spatial_stride
         height, width = pipeline.coarse.config.grid_size
         return cls(
-            stages=(str(checkpoint), None if options.fine is None else str(options.fine)),
+            stages=(str(first), None if second is None else str(second)),
             tokenizer=None if options.tokenizer is None else str(options.tokenizer),
             hashes=pipeline.hashes,
             draw_config=options.draw,
             pixels=ClipSize(1, height * stride, width * stride),
             seed=options.seed,
             batch_size=options.batch_size,
+            device=device.type,
         )
 
     @property
@@ -91,6 +103,7 @@ class StagePlan(SamplePlan):
             "size": self.pixels,
             "draw": asdict(self.draw_config),
             "batch": self.batch_size,
+            "device": self.device,
         }
         return json.loads(json.dumps(facts))
 
@@ -134,9 +147,19 @@ class StagePlan(SamplePlan):
             )
             progress(float(len(rows)))
 
-    def note_of(self, field: str, value: Any, *, number: int, num_steps: int) -> str | None:
-        """Return nothing: `grn replay` repeats refinement only."""
-        return None
+    def note_of(self, field: str, value: Any, *, number: int, num_steps: int) -> str:
+        """Return the recipe that travels in the file of a sample, for `grn replay`."""
+        return StageRecipe(
+            checkpoint=self.stages[0],
+            fine=self.stages[1],
+            tokenizer=self.tokenizer,
+            weights=self.hashes,
+            condition={field: value},
+            sample_index=number,
+            seed=self.seed,
+            draw=self.draw_config,
+            device=self.device,
+        ).as_note()
 
     def shown(self, prompt: str) -> str:
         """Return what the networks read of a prompt: the prompt."""

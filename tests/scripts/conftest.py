@@ -2,20 +2,26 @@
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from grn_lightning.datasets.digits import build_digits, load_scans
+from grn_lightning.lit.coarse_to_fine import LitFine, LitRaster
 from grn_lightning.metrics import DigitJudge
 from tests.clip_files import write_clip
+from tests.scripts.stages import VQ, Chain, stage_options, store, train
 from tests.tiny_runs import (
     TINY_DIGITS,
+    TINY_ENCODER,
+    call_grn,
     callback,
     checkpoints,
     fit,
     generator_config,
     logger,
+    run_config,
+    source,
     tokenizer_config,
 )
 
@@ -67,3 +73,52 @@ def runs(trained: Runs, tmp_path: Path) -> Runs:
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP with random weights."""
     return write_clip(tmp_path_factory.mktemp("clip") / "small")
+
+
+@pytest.fixture(scope="session")
+def chain(digits: Path, trained: Runs, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Runs of a codebook, its codes and clusters, and of stages, trained for a moment or not."""
+    root = tmp_path_factory.mktemp("chain")
+    images = source(digits, "image", 8)
+    tokenizer = train(
+        root / "vq",
+        tokenizer_config(root, digits, init_args={"tokenizer": VQ}, sources=[images]),
+    )
+    for split in ("train", "val"):
+        call_grn(
+            *("encode", images["path"], "--tokenizer", tokenizer, "--out", root / "codes"),
+            *("--split", split, "--accelerator", "cpu"),
+        )
+    clusters = root / "clusters.safetensors"
+    call_grn(
+        *("cluster", tokenizer, images["path"], "--out", clusters, "--num_clusters", 4),
+        *("--image_size", 16, "--num_restarts", 1, "--device", "cpu"),
+    )
+    baseline = run_config(
+        root / "ar",
+        model="coarse_to_fine.LitRaster",
+        init_args=stage_options(tokenizer, optim={"lr": 1e-2}),
+        sources=[{"path": str(root / "codes"), "media": "image", "batch_size": 8}],
+    )
+    split = {"clusters": str(clusters)}
+    captions: dict[str, Any] = {"num_classes": None, "text_encoder": TINY_ENCODER}
+    hbq = trained.tokenizer
+    return Chain(
+        tokenizer,
+        root / "codes",
+        clusters,
+        train(root / "ar", baseline),
+        store(root / "coarse", LitRaster, tokenizer, split=split),
+        store(root / "fine", LitFine, tokenizer, split=split, fine_mask="sample"),
+        store(root / "hbq", LitRaster, hbq, split={"coarse_rounds": 1}),
+        store(root / "text", LitRaster, hbq, **captions),
+    )
+
+
+@pytest.fixture(scope="session")
+def exports(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of the chain's runs as exports in one folder, the codebook with them."""
+    folder = tmp_path_factory.mktemp("exports")
+    for name in ("tokenizer", "baseline", "raster", "fine"):
+        call_grn("export", getattr(chain, name), "--out", folder / name)
+    return folder

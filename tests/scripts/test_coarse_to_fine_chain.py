@@ -5,135 +5,33 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 import grn_lightning
-from grn_lightning.functional import frechet_distance, hbq_encode
+from grn_lightning.functional import hbq_encode
 from grn_lightning.lit.coarse_to_fine import (
     LitFine,
-    LitRaster,
     load_coarse_to_fine,
     load_stage,
 )
 from grn_lightning.lit.tokenizer import load_tokenizer
-from grn_lightning.media.images import decode_image, to_uint8
-from grn_lightning.metrics import DigitJudge, FeatureSums, ReferenceStatistics
 from grn_lightning.models.coarse_split import PrefixSplit
 from grn_lightning.models.code_transformer import CodeTransformer
 from grn_lightning.models.hashes import weights_hash
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.pipelines.reconstruction import Reconstruction, plan_tiles
-from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig, DrawConfig
 from grn_lightning.scripts import bench_fine as bench_fine_module
 from grn_lightning.scripts.stand_ins import prefix_stand_ins
-from tests.official_files import random_state
-from tests.tiny_runs import (
-    TINY_ENCODER,
-    call_grn,
-    callback,
-    checkpoints,
-    fit,
-    logger,
-    run_config,
-    source,
-    tensors_equal,
-    tokenizer_config,
-)
+from tests.scripts.stages import Chain, draw, store
+from tests.tiny_runs import call_grn, tensors_equal
 
 ROOT = Path(__file__).parents[2]
 
-# 16 x 16 pixels become 2 x 2 positions of one code out of 16.
-VQ = {
-    "codebook_size": 16,
-    "codebook_dim": 3,
-    "width": 32,
-    "width_multipliers": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "feature_width": 8,
-}
-BACKBONE = {"depth": 1, "width": 32, "num_heads": 2, "mlp_width": 32, "dropout": 0.0}
 LABELS, INDEX = torch.tensor([3, 5]), torch.tensor([0, 1])
-
-
-class Chain(NamedTuple):
-    """Folders of one run each, and of what lies between them."""
-
-    tokenizer: Path
-    codes: Path
-    clusters: Path
-    baseline: Path
-    raster: Path
-    fine: Path
-    hbq_raster: Path
-    captioned: Path
-
-
-def train(folder: Path, config: dict[str, Any]) -> Path:
-    config["trainer"]["logger"] = logger("TensorBoardLogger", folder)
-    config["trainer"]["callbacks"] = [callback("EMA", decay=0.5), checkpoints(folder, 3)]
-    config["trainer"]["max_steps"] = 3
-    fit(folder, config)
-    return folder
-
-
-def stage_options(tokenizer: Path, **rest: Any) -> dict[str, Any]:
-    plain = {"backbone": BACKBONE, "tokenizer": str(tokenizer), "grid_size": [2, 2]}
-    return {**plain, "num_classes": 10, **rest}
-
-
-def store(folder: Path, kind: type[LitRaster | LitFine], tokenizer: Path, **rest: Any) -> Path:
-    """Write the checkpoint of a stage with random weights, as Lightning does."""
-    module = kind(**stage_options(tokenizer, **rest))
-    module.configure_model()
-    module.load_state_dict(random_state(module))
-    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-    module.on_save_checkpoint(checkpoint)
-    (folder / "checkpoints").mkdir(parents=True)
-    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def chain(digits: Path, trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    root = tmp_path_factory.mktemp("chain")
-    images = source(digits, "image", 8)
-    tokenizer = train(
-        root / "vq",
-        tokenizer_config(root, digits, init_args={"tokenizer": VQ}, sources=[images]),
-    )
-    for split in ("train", "val"):
-        call_grn(
-            *("encode", images["path"], "--tokenizer", tokenizer, "--out", root / "codes"),
-            *("--split", split, "--accelerator", "cpu"),
-        )
-    clusters = root / "clusters.safetensors"
-    call_grn(
-        *("cluster", tokenizer, images["path"], "--out", clusters, "--num_clusters", 4),
-        *("--image_size", 16, "--num_restarts", 1, "--device", "cpu"),
-    )
-    baseline = run_config(
-        root / "ar",
-        model="coarse_to_fine.LitRaster",
-        init_args=stage_options(tokenizer, optim={"lr": 1e-2}),
-        sources=[{"path": str(root / "codes"), "media": "image", "batch_size": 8}],
-    )
-    split = {"clusters": str(clusters)}
-    captions: dict[str, Any] = {"num_classes": None, "text_encoder": TINY_ENCODER}
-    hbq = trained.tokenizer
-    return Chain(
-        tokenizer,
-        root / "codes",
-        clusters,
-        train(root / "ar", baseline),
-        store(root / "coarse", LitRaster, tokenizer, split=split),
-        store(root / "fine", LitFine, tokenizer, split=split, fine_mask="sample"),
-        store(root / "hbq", LitRaster, hbq, split={"coarse_rounds": 1}),
-        store(root / "text", LitRaster, hbq, **captions),
-    )
 
 
 # --- the tokenizer alone --------------------------------------------------------------------------
@@ -239,15 +137,6 @@ def test_what_is_no_second_stage_is_not_compared(where, match, chain, digits, tm
 # --- exports --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def exports(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of the chain's runs as exports in one folder, the codebook with them."""
-    folder = tmp_path_factory.mktemp("exports")
-    for name in ("tokenizer", "baseline", "raster", "fine"):
-        call_grn("export", getattr(chain, name), "--out", folder / name)
-    return folder
-
-
 def same_draws(first: Any, second: Any) -> bool:
     drawn = [pipeline.draw(LABELS, INDEX) for pipeline in (first, second)]
     return torch.equal(drawn[0].codes, drawn[1].codes) and drawn[0].clips.equal(drawn[1].clips)
@@ -321,11 +210,6 @@ def pixels(file: Path) -> bytes:
         return picture.tobytes()
 
 
-def draw(chain: Chain, out: Path, *args: Any) -> Any:
-    stages = (chain.raster, "--fine", chain.fine)
-    return call_grn("sample", *stages, "--out", out, "--device", "cpu", *args)
-
-
 def test_samples_are_the_pictures_of_the_stages_whatever_the_batch(chain, tmp_path):
     options = ["--class_labels", "[3, 5]", "--num_samples", 2, "--seed", 4]
     warm = ["--draw.coarse.guidance_scale", 2, "--draw.fine.temperature", 0.5]
@@ -396,135 +280,6 @@ def test_tools_of_refinement_refuse_stages_of_any_form(name, exports, capsys):
     with pytest.raises(SystemExit):
         call_grn("calibrate", exports / name)
     assert "is a stage of coarse-to-fine prediction, which does" in capsys.readouterr().err
-
-
-# --- judged sets ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Features of the held-out pictures, by the judge."""
-    out = tmp_path_factory.mktemp("reference") / "digits.safetensors"
-    judge = ("--features", "digits-cnn", "--weights", digits / "judge.safetensors")
-    call_grn("evaluate", "stats", digits / "images", "--split", "val", "--out", out, *judge)
-    return out
-
-
-def judge_set(run: Path, digits: Path, *options: Any) -> Any:
-    judge = digits / "judge.safetensors"
-    usual = ("--num_samples", 20, "--features", "digits-cnn", "--judge", judge, "--seed", 4)
-    return call_grn("evaluate", "samples", run, *usual, "--device", "cpu", *options)
-
-
-def one_by_one(pipeline: CoarseToFinePipeline, codes: torch.Tensor) -> torch.Tensor:
-    return torch.cat([pipeline.detokenize(row) for row in codes.split(1)])
-
-
-def numbers(report: Any) -> dict[str, float]:
-    """All numbers but times."""
-    figures = {f.tag: f.value for f in report.figures if f.unit != "s"}
-    return {one.tag: one.value for one in report.measurements} | figures
-
-
-def test_a_judged_set_is_what_the_pipeline_draws(chain, digits, reference, tmp_path):
-    """An oracle: all pictures from the pipeline, their features and the distance at once."""
-    run, out = shutil.copytree(chain.raster, tmp_path / "run"), tmp_path / "out"
-    warm = ("--draw.coarse.guidance_scale", 2, "--draw.fine.temperature", 0.5)
-    options = ("--fine", chain.fine, "--reference", reference, "--batch_size", 4, *warm)
-    report = judge_set(run, digits, *options, "--out", out, "--keep_samples", "true")
-    pipeline = load_coarse_to_fine(run, chain.fine)
-    labels, index = torch.arange(10).repeat_interleave(2), torch.arange(20)
-    drawing = {"coarse": DrawConfig(guidance_scale=2.0), "fine": DrawConfig(temperature=0.5)}
-    drawn = pipeline.draw_codes(labels, index, seed=4, config=CoarseToFineConfig(**drawing))
-    clips = one_by_one(pipeline, drawn.codes)
-    judge = DigitJudge.load(digits / "judge.safetensors")
-    sums = FeatureSums(judge.num_features)
-    sums.update(judge(clips))
-    ours, real = sums.compute(), ReferenceStatistics.read(reference).moments
-    distance = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
-    found = numbers(report)
-    assert found["FID[digits-cnn,20]"] == pytest.approx(float(distance), rel=1e-4)
-    is_right = judge.classify(clips) == labels
-    accuracy = [value for tag, value in found.items() if tag.startswith("digit accuracy")]
-    assert accuracy == [pytest.approx(float(is_right.float().mean()))]
-    assert found["steps/sample[coarse to fine,scale 2]"] == 4 + 1
-    assert found["forwards/sample[coarse to fine,scale 2]"] == 4 * 2 + 1
-    files = sorted((out / "samples").glob("*.png"))
-    assert len(files) == 20
-    kept = torch.stack([decode_image(file.read_bytes()) for file in files])
-    assert torch.equal(kept, to_uint8(clips[:, :, 0]))
-    record = json.loads(report.file.read_text())
-    assert record["weights"] == pipeline.hashes
-    assert record["draw"]["fine"]["temperature"] == 0.5
-    assert [found] == [numbers(judge_set(run, digits, *options, "--out", out))]  # nothing drawn
-
-
-def test_a_judged_set_is_the_same_from_parts_processes_and_exports(
-    chain, exports, digits, reference, tmp_path, capsys
-):
-    options = ("--reference", reference, "--batch_size", 2)
-    one = judge_set(chain.baseline, digits, *options, "--out", tmp_path / "a")
-    two = judge_set(
-        exports / "baseline", digits, *options, "--part_size", 2, "--out", tmp_path / "b"
-    )
-    assert numbers(one) == pytest.approx(numbers(two), rel=1e-6)
-    assert not any(tag.startswith("steps/sample[coarse") for tag in numbers(one))
-    with pytest.raises(SystemExit):
-        judge_set(chain.baseline, digits, *options, "--out", tmp_path / "a", "--seed", 5)
-    assert "holds parts that were made otherwise" in capsys.readouterr().err
-
-
-def test_a_report_shows_a_judged_set(chain, digits, reference, tmp_path):
-    run = shutil.copytree(chain.baseline, tmp_path / "run")
-    report = judge_set(run, digits, "--reference", reference, "--draw.coarse.temperature", 0.5)
-    call_grn("report", run, "--out", tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert f"{report.measurements[0].value:.1f}" in page
-    assert "coarse labels at guidance 1, temperature 0.5, seed 4" in page
-    assert "grn evaluate samples" in page
-    call_grn("report", chain.fine, "--out", tmp_path / "fine.html")
-    command = f"grn evaluate samples STAGE_1 --fine {chain.fine} --num_samples"
-    assert command in (tmp_path / "fine.html").read_text()
-
-
-def test_captions_are_drawn_into_the_folders_of_geneval(chain, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    lines = [json.dumps({"prompt": f"the digit {name}"}) for name in ("one", "two")]
-    prompts.write_text("\n".join(lines) + "\n")
-    report = call_grn(
-        *("evaluate", "geneval", chain.captioned, "--prompts", prompts, "--per_prompt", 2),
-        *("--out", tmp_path / "out", "--device", "cpu"),
-    )
-    pipeline = load_coarse_to_fine(chain.captioned)
-    captions = {"captions": [name for name in ("the digit one", "the digit two") for _ in "ab"]}
-    drawn = pipeline.draw_codes(pipeline.condition(captions), torch.arange(4))
-    files = sorted(report.folder.glob("*/samples/*.png"))
-    kept = torch.stack([decode_image(file.read_bytes()) for file in files])
-    assert torch.equal(kept, to_uint8(one_by_one(pipeline, drawn.codes)[:, :, 0]))
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "match"),
-    [
-        ("raster", ["--refine.num_steps", 3], "`--refine` must be left out for coarse-to-fine"),
-        ("raster", ["--image_size", 32, "--precision", "bf16"], "`--image_size`, `--precision`"),
-        ("raster", [], "is stage 1, which draws together with a stage 2; name that by `--fine`"),
-        ("fine", [], "stage 1 must be causal"),
-    ],
-)
-def test_sets_of_stages_are_refused_before_anything_is_drawn(
-    name, options, match, chain, digits, tmp_path, capsys
-):
-    with pytest.raises(SystemExit):
-        judge_set(getattr(chain, name), digits, *options, "--out", tmp_path / "x")
-    assert re.search(match, capsys.readouterr().err)
-    assert not (tmp_path / "x").exists()
-
-
-def test_generators_that_refine_have_no_stages(chain, digits, trained, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        judge_set(trained.classes, digits, "--fine", chain.fine, "--out", tmp_path / "x")
-    assert "`--fine` must be left out for generators that refine" in capsys.readouterr().err
 
 
 # --- the lesson -----------------------------------------------------------------------------------
