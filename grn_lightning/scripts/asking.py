@@ -128,6 +128,13 @@ def what_to_ask(
     Raises:
         ValueError: If the generator draws something else, or the numbers do not fit.
     """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    if conditions is not None and not conditions.exists():
+        raise ValueError(
+            f"there is nothing at '{conditions}'; `--conditions` must be a folder of shards, or a "
+            "text file with one prompt a line."
+        )
     if conditions is None:
         if num_classes is None:
             raise ValueError(

@@ -11,8 +11,10 @@ Processes are started here (`devices`), by torchrun, or by SLURM.
 
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -235,7 +237,16 @@ _shared: list[Any] = []  # what the parent shares with its processes
 
 def _keep(counters: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
+    threading.Thread(target=_follow_parent, daemon=True).start()
     _shared.append(counters)
+
+
+def _follow_parent() -> None:
+    """End with the parent, however it was ended; parts are whole or not there."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _child(job: PartJob, rank: Rank, device: str, threads: int) -> None:
@@ -329,7 +340,13 @@ def settle_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     if not is_taken and not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, plan)
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"'{file}' is damaged ({error}), and nobody knows what the parts beside it are; give "
+            "another `--out`."
+        ) from error
     differences = _differences(stored, json.loads(json.dumps(plan)))
     if differences:
         raise ValueError(

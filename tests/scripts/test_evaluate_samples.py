@@ -366,6 +366,24 @@ def test_another_plan_in_the_same_folder_is_refused(
     assert values(judged(runs.classes, num_samples=10)) == values(report)  # drawn again
 
 
+def test_a_damaged_plan_is_told(runs: Runs, judged: Callable[..., SetReport]) -> None:
+    plan = judged(runs.classes).folder / "plan.json"
+    plan.write_text(plan.read_text()[:-9])
+    with pytest.raises(ValueError, match=f"'{plan}' is damaged .* give another `--out`"):
+        judged(runs.classes)
+
+
+def test_conditions_that_are_not_there_are_told(
+    runs: Runs, judged: Callable[..., SetReport], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match="there is nothing at '.*gone'; `--conditions` must be a f"
+    ):
+        judged(runs.classes, conditions=tmp_path / "gone")
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1, got -10"):
+        judged(runs.classes, num_samples=-10)
+
+
 def test_what_does_not_belong_together_is_refused(
     runs: Runs, judged: Callable[..., SetReport], reference: Path, tmp_path: Path
 ) -> None:
@@ -480,8 +498,9 @@ def _is_alive(group: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.scale
-def test_ctrl_c_ends_all_processes(
-    runs: Runs, digits: Path, reference: Path, tmp_path: Path
+@pytest.mark.parametrize("is_killed", [False, True], ids=["ctrl-c", "parent-killed"])
+def test_all_processes_end_with_the_first(
+    runs: Runs, digits: Path, reference: Path, tmp_path: Path, is_killed: bool
 ) -> None:
     log = tmp_path / "log"
     words = _command(runs.classes, digits, reference, tmp_path / "out")
@@ -493,6 +512,11 @@ def test_ctrl_c_ends_all_processes(
     while not list((tmp_path / "out").glob("parts/*.safetensors")):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
+    if is_killed:  # it alone, as by a scheduler or for lack of memory
+        process.kill()
+        process.wait(60)
+        assert not _is_alive(process.pid)
+        return
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
     assert "the same command goes on where it stopped" in log.read_text()
