@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from grn_lightning.functional.clusters import cluster_members
 from grn_lightning.functional.hbq import hbq_decode
 from grn_lightning.models.coarse_split import ClusterSplit, LatentSplit
 from grn_lightning.models.hashes import weights_hash
+from grn_lightning.models.pretrained import save_tensors
 from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.models.vq_tokenizer import VQTokenizer
 
@@ -158,7 +158,7 @@ def write_clusters(path: Path, clusters: Clusters) -> None:
         members = cluster_members(clusters.cluster_of, num_clusters=len(clusters.centroids))
         tensors |= {"coarse_of": clusters.cluster_of.int(), "members": members.int().contiguous()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={_ENTRY: json.dumps(asdict(clusters.info))})
+    save_tensors(tensors, path, metadata={_ENTRY: json.dumps(asdict(clusters.info))})
 
 
 def read_clusters(path: str | Path, *, tokenizer_hash: str | None = None) -> Clusters:

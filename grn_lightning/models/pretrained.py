@@ -125,14 +125,16 @@ def is_export(path: str | Path) -> bool:
     return all(file.is_file() for file in export_files(path))
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], file: Path, *, metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors, readable by whom the user's settings say.
 
     The library would make a file that only its owner can read.
     """
     file.touch()
     mode = file.stat().st_mode
-    save_file(_apart(tensors), file, metadata={"format": "pt"})
+    save_file(_apart(tensors), file, metadata={"format": "pt"} | (metadata or {}))
     file.chmod(mode)
 
 

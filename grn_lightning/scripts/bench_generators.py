@@ -10,7 +10,7 @@ from grn_lightning.datasets.manifest import write_json
 from grn_lightning.datasets.shards import ShardSet
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.hashes import weights_hash
-from grn_lightning.scripts.bench_parts import RESULT_FILE
+from grn_lightning.scripts.bench_parts import RESULT_FILE, require_bench
 from grn_lightning.scripts.generator_arms import Bench, run_arm
 from grn_lightning.scripts.generator_judge import PictureJudge
 from grn_lightning.scripts.generator_records import (
@@ -158,6 +158,7 @@ def bench_generators(
             other settings.
     """
     choose_device(config.device)
+    require_bench(output)
     ShardSet.open(data, "train")
     bench = Bench(config, data, output, {"hbq": hbq, "vq": vq})
     asked = [Arm(name, seed) for seed in seeds for name in arms]

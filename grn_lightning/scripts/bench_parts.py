@@ -55,6 +55,21 @@ class Pace(L.Callback):
         return 1000 * statistics.median(self.seconds[_WARM_UP:] or self.seconds)
 
 
+def require_bench(output: Path) -> None:
+    """Refuse to put a bench among files of somebody else.
+
+    Raises:
+        ValueError: If the folder is none, or holds files and no bench.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    begun = ("bench.json", "codes", "*/seed*", "*/m*/seed*")
+    if not output.is_dir() or not any(True for one in begun for _ in output.glob(one)):
+        raise ValueError(
+            f"the folder of a bench must be new, empty, or that of a bench; '{output}' is not."
+        )
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's words about every trainer off the progress bar; warnings remain."""

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from grn_lightning.datasets.manifest import write_json
 from grn_lightning.datasets.shards import ShardSet
-from grn_lightning.scripts.bench_parts import RESULT_FILE
+from grn_lightning.scripts.bench_parts import RESULT_FILE, require_bench
 from grn_lightning.scripts.quantizer_arms import run_arm
 from grn_lightning.scripts.quantizer_records import (
     Arm,
@@ -117,6 +117,7 @@ def bench_quantizers(
         ValueError: If an arm is unknown, or the folder holds arms with other settings.
     """
     choose_device(config.device)
+    require_bench(output)
     for split in ("train", "val"):
         ShardSet.open(data, split)
     asked = [Arm(name, m, seed) for m in num_rounds for seed in seeds for name in arms]

@@ -111,6 +111,7 @@ def cluster(
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = ClipSize(1, height, width)
     model = load_tokenizer(tokenizer).to(choose_device(device))
+    held_out = _open(data, "val", size, num_samples)
     if isinstance(model, VQTokenizer):
         clusters = fit_codewords(
             model, num_clusters=num_clusters, seed=seed, num_restarts=num_restarts
@@ -122,10 +123,9 @@ def cluster(
             model, codes, num_clusters=num_clusters, seed=seed, num_restarts=num_restarts
         )
         arms = dict(_latent_arms(model, clusters, codes, seed))
-    write_clusters(out, clusters)
-    held_out = _open(data, "val", size, num_samples)
     psnr, cells = _judge(model, held_out, arms)
     sheet = out.with_suffix(".png")
+    write_clusters(out, clusters)
     labels = [name for _ in range(_NUM_SHOWN) for name in ("original", *arms)][: len(cells)]
     contact_sheet(cells, labels, columns=len(arms) + 1).save(sheet)
     sizes = clusters.sizes.sort().values

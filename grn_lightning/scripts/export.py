@@ -76,10 +76,15 @@ def export(
             `grn calibrate` has found.
 
     Raises:
-        ValueError: If there is no such run, or `out` exists.
+        ValueError: If there is no such run, or `out` exists, be it a folder.
     """
     if is_export(checkpoint):
         raise ValueError(f"'{checkpoint}' is an export already.")
+    if (name := export_files(out).info.with_suffix("")).is_dir():
+        raise ValueError(
+            f"`out` must be the name of no folder, got '{name}': the export would be taken for the "
+            f"run there from then on. Give another, such as '{name}-export'."
+        )
     run = open_run(checkpoint)
     config, state = run.configuration, trained_state(run.checkpoint, weights=weights)
     info: dict[str, Any] = {"kind": run.stage, "config": config, "training": _training(run)}

@@ -207,6 +207,19 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
     assert re.search(message, lines[0])
 
 
+def test_a_folder_of_somebody_else_is_left_alone(
+    options: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    for kind, folder in (("generators", tmp_path), ("quantizers", tmp_path / "notes" / "a.txt")):
+        data = options[2:4]
+        with pytest.raises(SystemExit):
+            call_grn("bench", kind, folder, *(options if kind == "generators" else data))
+        assert "must be new, empty, or that of a bench; " in capsys.readouterr().err
+    assert [file.name for file in tmp_path.rglob("*")] == ["notes", "a.txt"]
+
+
 def test_another_tokenizer_and_other_networks_are_noticed(
     bench: GeneratorBench, options: list[Any], vq: Path, tmp_path: Path, capsys: Any
 ) -> None:

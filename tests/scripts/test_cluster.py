@@ -1,6 +1,8 @@
 """`grn cluster`: what it writes, and what it tells of cells."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -78,3 +80,19 @@ def test_an_existing_file_and_too_many_clusters_are_refused(digits, trained, tmp
             run(digits, trained.tokenizer, out)
     with pytest.raises(ValueError, match="num_clusters must be between 1 and"):
         run(digits, trained.tokenizer, tmp_path / "new.safetensors", num_clusters=1000)
+
+
+def test_a_mistake_leaves_no_file_in_the_way_of_the_next_try(digits, trained, tmp_path):
+    data = tmp_path / "digits" / "images"
+    shutil.copytree(digits / "images", data)
+    for file in data.glob("val*"):
+        file.unlink()
+    out = tmp_path / "out" / "c.safetensors"
+    for options in ({"digits": data.parent}, {"digits": digits, "image_size": 17}):
+        with pytest.raises(ValueError, match="val|17"):
+            run(tokenizer=trained.tokenizer, out=out, **options)
+    assert not out.parent.exists()
+    before = os.umask(0o022)
+    run(digits, trained.tokenizer, out)
+    os.umask(before)
+    assert oct(out.stat().st_mode)[-3:] == "644"

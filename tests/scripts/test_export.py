@@ -105,6 +105,10 @@ def test_refusals(capsys, trained, exports, tmp_path):
     assert "is an export already" in text
     text = answer(capsys, "export", trained.text, "--out", exports.text)
     assert "exists and is not overwritten" in text
+    for out in (trained.text, f"{trained.text}.json"):
+        text = answer(capsys, "export", trained.text, "--out", out)
+        assert f"must be the name of no folder, got '{trained.text}'" in text
+    assert not list(trained.text.parent.glob("*.json"))
     assert "does not exist" in answer(capsys, "export", tmp_path / "no", "--out", tmp_path / "x")
     assert "is no checkpoint of a run" in answer(capsys, "evaluate", _half(exports, tmp_path), "d")
     assert not list(tmp_path.glob("x*"))
