@@ -15,7 +15,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from omegaconf.errors import OmegaConfBaseException
 
-from grn_lightning.complaints import explain
+from grn_lightning.complaints import explain, require_settings
 
 TRAINER_COMMANDS = {
     "fit": "train: grn fit -c experiments/tokenizer/digits.yaml",
@@ -88,6 +88,7 @@ def _run_trainer(*, run: bool = True) -> Any:
     from grn_lightning.lit.checkpoints import whole_checkpoint
     from grn_lightning.lit.command import ResumableCLI
     from grn_lightning.lit.saving import save_files_whole
+    from grn_lightning.lit.settings import RULES, require_trainer
     from grn_lightning.lit.strategies import named_strategy
 
     class GRNCLI(ResumableCLI):
@@ -96,6 +97,7 @@ def _run_trainer(*, run: bool = True) -> Any:
             name = self._get(self.config_init, "trainer.strategy")
             kind = self._get(self.config_init, "trainer.accelerator")
             strategy = named_strategy(name, accelerator=kind)
+            require_trainer({key: self._get(self.config_init, f"trainer.{key}") for key in RULES})
             trainer = super().instantiate_trainer(strategy=strategy, **settings)
             save_files_whole(trainer)  # and read what several processes have written
             return trainer
@@ -234,6 +236,7 @@ def main() -> Any:
     name = " ".join(args[:num_words])
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
+        require_settings(args)
         if name in TRAINER_COMMANDS:
             return _run_trainer()
         if name == "check" and _is_training(args):

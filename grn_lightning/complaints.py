@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 _CONTEXT = re.compile(r"""(?:Parser key "([^"]+)"|Problem with given class_path '([^']+)'):\s*""")
 _NOISE = re.compile(
@@ -88,6 +91,32 @@ def explain(error: Exception, *, options: Sequence[str] = ()) -> str:
     return _tell(found[0]) if found else " ".join(str(error).split())
 
 
+def require_settings(args: Sequence[str]) -> None:
+    """Refuse files behind `-c` that hold no settings; parsers name neither file nor reason.
+
+    Raises:
+        ValueError: Naming the first such file.
+    """
+    for place, word in enumerate(args):
+        name, _, given = word.partition("=")
+        if name not in ("-c", "--config") or not (given or args[place + 1 : place + 2]):
+            continue
+        file = Path(given or args[place + 1])
+        if not file.is_file():
+            continue  # the parser says so
+        try:
+            found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{file}' is no text in UTF-8; save it as such.") from error
+        except yaml.MarkedYAMLError as error:
+            where = error.problem_mark or error.context_mark
+            line = "" if where is None else f", line {where.line + 1}"
+            why = str(error.problem).replace("'\\t'", "a tab")
+            raise ValueError(f"'{file}'{line}: {why}; it must be YAML.") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"'{file}' must hold settings, one `name: value` a line.")
+
+
 def _unknown_key(text: str) -> str | None:
     match = _UNKNOWN.search(text)
     return next(key for key in match.groups() if key) if match else None
@@ -128,9 +157,11 @@ def _tell_unknown(complaint: Complaint, key: str, options: Sequence[str]) -> str
         )
     wrong = key.removeprefix("trainer.").split("=")[0]
     # Of a dotted key the first part that does not exist is the wrong one.
-    wrong = wrong.split(".")[0]
-    path = ".".join((*complaint.path, key))
-    return f"unknown key '{path}'; {_hint(wrong, _allowed(complaint, options))}"
+    wrong, *inner = wrong.split(".")
+    path, allowed = ".".join((*complaint.path, key)), _allowed(complaint, options)
+    if inner and wrong in allowed:
+        return f"unknown key '{path}'; `{wrong}` has no '{'.'.join(inner)}', see `--help`."
+    return f"unknown key '{path}'; {_hint(wrong, allowed)}"
 
 
 def _tell(complaint: Complaint) -> str:

@@ -157,6 +157,13 @@ def test_of_two_possible_classes_the_one_that_was_meant_complains(
         ("model.tokenizer=digitz",
          "unknown variant 'digitz'; known are 'image-16d', 'joint-64d', "
          "'digits', 'vq-16', 'vq-8', 'vq-digits'."),
+        ("trainer.accumulate_grad_batches=0",
+         "`trainer.accumulate_grad_batches` must be at least 1, got 0."),
+        ("trainer.gradient_clip_val=-1",
+         "`trainer.gradient_clip_val` must be at least 0, or null for none, got -1.0."),
+        ("trainer.val_check_interval=0", "`trainer.val_check_interval` must be positive, got 0."),
+        ("trainer.devices=-2", "`trainer.devices` must be positive, -1 or 'auto', got '-2'."),
+        ("trainer.max_steps=0", "`trainer.max_steps` must be positive, or -1 for no end, got 0."),
         ("model.seed=${nope.x}",
          "`model.init_args.seed` refers to '${nope.x}', which there is not."),
         ("model.seed=${eval:1}",
@@ -239,6 +246,26 @@ def test_a_half_written_checkpoint_is_named_before_anything_is_built(capsys, tmp
     assert answer.startswith(f"'{file}' cannot be read as a checkpoint: it is damaged")
 
 
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("model: {}".encode("utf-16"), " is no text in UTF-8; save it as such."),
+        (b"trainer:\n\tmax_steps: 3\n",
+         ", line 2: found character a tab that cannot start any token; it must be YAML."),
+        (b"model: {seed: 1", ", line 1: expected ',' or '}', but got '<stream end>'; it must be Y"),
+        (b"hello", " must hold settings, one `name: value` a line."),
+        (b"", " must hold settings, one `name: value` a line."),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("option", [["-c"], ["--config"], []])
+def test_a_file_that_holds_no_settings_is_named(capsys, tmp_path, yaml, content, answer, option):
+    file = tmp_path / "wrong.yaml"
+    file.write_bytes(content)
+    words = [*option, file] if option else [f"--config={file}"]
+    for command in (["fit", "-c", yaml], ["bench", "quantizers", tmp_path / "out"]):
+        assert refusal(capsys, *command, *words).startswith(f"'{file}'{answer}")
+
+
 # --- tools ----------------------------------------------------------------------------------------
 
 
@@ -258,6 +285,14 @@ def test_a_tool_answers_in_the_same_words(capsys, tmp_path, args, answer):
 def test_what_has_no_option_is_given_alone(capsys):
     told = refusal(capsys, "weights", "--folder", "x")
     assert told == "unknown key 'folder'; 'folder' is given without a name: its value alone."
+
+
+def test_an_unknown_key_inside_a_known_one_is_told(capsys):
+    told = refusal(capsys, "sample", "run", "--draw.corse.temperature", 1)
+    assert (
+        told
+        == "unknown key 'draw.corse.temperature'; `draw` has no 'corse.temperature', see `--help`."
+    )
 
 
 def test_a_tool_names_its_missing_argument(capsys):

@@ -266,8 +266,9 @@ class PackedOrder:
         if count > self.max_left_out * seen and not few:
             raise ValueError(
                 f"{count} of {seen} documents cannot be packed, more than {self.max_left_out:.0%}. "
-                f"The last one is {name}: {error} Raise `token_budget`, take smaller sizes or "
-                "fewer frames, repair the shards, or raise `max_left_out`."
+                f"The last one is {name}: {error} Repair the shards if they are "
+                "damaged; else raise `token_budget`, take smaller sizes or fewer frames, or raise "
+                "`max_left_out`."
             ) from error
         if request.number not in self._told:
             self._told.add(request.number)

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from grn_lightning.datasets.codes import check_hash
 from grn_lightning.datasets.samples import Batch
 from grn_lightning.functional import Stream, random_codes, token_accuracy, token_cross_entropy
 from grn_lightning.lit.base import as_config, as_plain
-from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select, trained_state
+from grn_lightning.lit.checkpoints import averaged_state, read_checkpoint, select, start_from
 from grn_lightning.lit.code_stage import CodeStage
 from grn_lightning.lit.optim import OptimConfig
 from grn_lightning.lit.parts import checkpoint_blocks
 from grn_lightning.models.clusters import read_clusters
 from grn_lightning.models.coarse_split import CoarseSplit, MapSizes, PrefixSplit
 from grn_lightning.models.code_transformer import CodeTransformer, CodeTransformerConfig
+from grn_lightning.models.pretrained import is_export
 from grn_lightning.models.text_encoder import TextEncoderConfig, build_text_encoder
 from grn_lightning.models.variants import BACKBONES, BackboneConfig, get_variant
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline, FineMask, code_sizes
@@ -48,8 +49,9 @@ class SplitConfig:
         """Refuse both and neither."""
         if (self.clusters is None) == (self.coarse_rounds is None):
             raise ValueError(
-                "SplitConfig: one of `clusters` and `coarse_rounds` must be given, got "
-                f"clusters={self.clusters!r}, coarse_rounds={self.coarse_rounds!r}."
+                "SplitConfig: one of `clusters` and `coarse_rounds` must be given and the other be "
+                f"null, got clusters={self.clusters!r}, coarse_rounds={self.coarse_rounds!r}; "
+                "options are merged with what files say, so set the other one to null."
             )
 
     def build(self, codes: MapSizes, *, tokenizer_hash: str) -> CoarseSplit:
@@ -98,10 +100,13 @@ class _PredictionStage(CodeStage):
         )
         if (num_classes is None) == (text_config is None):
             raise ValueError("one of `num_classes` and `text_encoder` must be given.")
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
+        if min(grid_size) < 1:
+            raise ValueError(f"`grid_size` must be positive, got {tuple(grid_size)}.")
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"`condition_dropout` must be in [0, 1], got {condition_dropout}.")
-        named = get_variant(BACKBONES, backbone) if isinstance(backbone, str) else backbone
-        self.backbone = as_config(BackboneConfig, named)
+        self.backbone = as_config(BackboneConfig, _named(backbone))
         self.grid_size = (grid_size[0], grid_size[1])
         self.split_config = None if split is None else as_config(SplitConfig, split)
         self.num_classes = num_classes
@@ -173,7 +178,12 @@ class _PredictionStage(CodeStage):
             )
         )
         if self.init_from is not None:
-            self._load_weights(trained_state(self.init_from))
+            # An export calls every network that draws the generator.
+            name = "generator" if is_export(self.init_from) else "network"
+            parts: dict[str, nn.Module] = {name: self.network}
+            if self.is_text:
+                parts["text_encoder"] = self.text_encoder
+            start_from(self.init_from, parts)
         if self.activation_checkpointing:
             checkpoint_blocks(self.network)
 
@@ -193,11 +203,21 @@ class _PredictionStage(CodeStage):
     @torch.no_grad()
     def tokenize(self, clips: Tensor) -> Tensor:
         """Map pictures `(b, 3, 1, h, w)` to codes `(b, c, h, w)`."""
-        return self.tokenizer.to(self.device).tokenize(clips).squeeze(2)
+        return self._of_grid(self.tokenizer.to(self.device).tokenize(clips).squeeze(2))
 
     def _elements_of_codes(self, batch: Batch) -> Tensor:
         check_hash(batch["tokenizer_hash"], self.tokenizer_hash)
-        return batch["codes"].squeeze(2)
+        return self._of_grid(batch["codes"].squeeze(2))
+
+    def _of_grid(self, codes: Tensor) -> Tensor:
+        """Refuse codes of other pictures than `grid_size` is meant for."""
+        if tuple(codes.shape[-2:]) != self.grid_size:
+            raise ValueError(
+                f"`model.grid_size` must be the map of codes of these pictures, "
+                f"{list(codes.shape[-2:])}, got {list(self.grid_size)}; set it, or take pictures "
+                "of the size that it is meant for."
+            )
+        return codes
 
     def _encode_condition(self, batch: Any) -> Any:
         if not self.is_text:
@@ -241,6 +261,13 @@ class _PredictionStage(CodeStage):
         self.log(f"{prefix}/accuracy", self.val_accuracy.compute())
         self.val_bits.reset()
         self.val_accuracy.reset()
+
+
+def _named(backbone: BackboneConfig | str) -> BackboneConfig:
+    try:
+        return get_variant(BACKBONES, backbone) if isinstance(backbone, str) else backbone
+    except ValueError as error:
+        raise ValueError(f"`model.backbone`: {error}") from error
 
 
 def _bits(nats_per_label: Tensor, targets: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def check_condition(subject: Subject) -> Outcome:
         if not 0 <= labels.min() <= labels.max() < number:
             raise ValueError(
                 f"`class_labels` must be in [0, {number}), got {labels.min()}..{labels.max()}; "
-                "set `generator.num_classes` to the number of classes of the data."
+                "set `num_classes` of the model to the number of classes of the data."
             )
     module.condition(batch)
     return _ok(f"classes below {module.null_class}")

@@ -395,7 +395,10 @@ def choose(mode: str | None, trainer: L.Trainer, module: L.LightningModule) -> S
             "begun; `--resume none` begins a new run beside them."
         )
     if found.newest is None and not is_auto:
-        raise ValueError(f"`resume`: there is no checkpoint under {names}.")
+        raise ValueError(
+            f"`resume`: there is no checkpoint under {names}; give a folder or a checkpoint, "
+            "'auto' or 'none'."
+        )
     if found.newest is not None:
         refuse_other_strategy(found.newest.path, trainer)
     if _is_first_process(trainer):

@@ -38,7 +38,10 @@ def build_extractor(
     if kind == "clip" and detail:
         return ClipFeatures(detail, weights)
     if weights is None and kind in ("digits-cnn", "dinov2", "video"):
-        raise ValueError(f"features {features!r} need the file of their weights.")
+        raise ValueError(
+            f"features {features!r} need the file of their weights: on the command line "
+            "`--feature_weights` (`--weights` of `grn evaluate stats`), or `--judge` of the digits."
+        )
     if kind == "digits-cnn" and weights is not None:
         return DigitJudge.load(weights)
     if kind == "dinov2" and weights is not None:

@@ -48,7 +48,9 @@ def _find_inception(weights_path: Path | str | None, *, allow_download: bool) ->
         return path
     raise ValueError(
         f"weights_path must be the file {INCEPTION_FILE} (96 MB), but there is none at {path}. "
-        f"Fetch it from {INCEPTION_URL} and give its path, or pass allow_download=True without one."
+        f"Fetch it from {INCEPTION_URL} and give its path (on the command line as "
+        "`--feature_weights`, in `grn evaluate stats` as `--weights`), or pass allow_download=True "
+        "without one."
     )
 
 

@@ -320,7 +320,10 @@ def open_npz(path: Path | str) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"'{path}' is no whole .npz file: {error}.") from error
+        raise ValueError(
+            f"'{path}' is no whole .npz file, an archive of arrays of numbers; such files come "
+            "from ADM's evaluator and others, or from `grn evaluate stats`."
+        ) from error
 
 
 def _read_array(arrays: Any, key: str, path: Path) -> Tensor:

@@ -89,8 +89,8 @@ def _check(run: TrainedRun, given: dict[str, Any]) -> None:
     read_evaluations(run.folder)
     if run.stage in ("raster", "fine"):
         raise ValueError(
-            f"'{run.checkpoint}' is a stage of coarse-to-fine prediction, which `grn bench "
-            "generators` judges; `grn sample` draws from it."
+            f"'{run.checkpoint}' is a stage of coarse-to-fine prediction: `grn evaluate "
+            "samples` judges it, with its other half as `--fine`, and `grn sample` draws from it."
         )
     batch_size, num_samples = given["batch_size"], given["num_samples"]
     if batch_size < 1 or (num_samples is not None and num_samples < 2):

@@ -77,6 +77,8 @@ def open_held_out(
     Raises:
         ValueError: If there are fewer samples than asked for.
     """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     num_samples = num_samples or len(shards)
     if num_samples > len(shards):
         raise ValueError(

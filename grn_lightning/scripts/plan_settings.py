@@ -56,7 +56,10 @@ def read_settings(words: Sequence[str]) -> dict[str, Any]:
     args += [f"--{word.lstrip('-')}" for word in words if "=" in word]
     for file in files:
         if not Path(file).is_file():
-            raise ValueError(f"there is no file '{file}'.")
+            what = "is a folder" if Path(file).is_dir() else "is not there"
+            raise ValueError(
+                f"'{file}' {what}; give the YAML files of a training, as after `-c` of `grn fit`."
+            )
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with warnings.catch_warnings():
         # The words of the command line are those of a tool, not of LightningCLI.
@@ -175,8 +178,8 @@ def model_of(settings: dict[str, Any]) -> dict[str, Any]:
     stage = model["class_path"].rpartition(".")[2]
     if stage != "LitGenerator":
         raise ValueError(
-            f"`grn plan` knows trainings of LitGenerator, got one of {stage}; what full-size "
-            "tokenizers take was measured, see docs/tokenizer.md."
+            f"`grn plan` knows trainings of LitGenerator, got one of {stage}"
+            + ("; docs/tokenizer.md has what was measured." if "Tokenizer" in stage else ".")
         )
     if "sources" not in data["init_args"]:
         raise ValueError(f"data must be a ShardData, got {data['class_path']}.")

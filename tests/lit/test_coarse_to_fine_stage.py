@@ -137,6 +137,17 @@ def test_activation_checkpointing_saves_memory_and_nothing_else(
     assert tensors_equal(*gradients)
 
 
+def test_codes_of_another_size_are_refused_by_the_setting(tokenizer_run, batch):
+    stage = build(LitRaster, tokenizer_run)
+    stage.grid_size = (4, 4)
+    sentence = r"`model.grid_size` must be the map of codes .*, \[2, 2\], got \[4, 4\]"
+    with pytest.raises(ValueError, match=sentence):
+        stage.tokenize(batch["clips"])
+    codes = torch.zeros(1, 4, 1, 2, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=sentence):
+        stage._elements_of_codes({"codes": codes, "tokenizer_hash": stage.tokenizer_hash})
+
+
 @torch.no_grad()
 def test_coarse_noise_disturbs_training_alone_and_by_its_share(tokenizer_run, batch):
     fine = build(LitFine, tokenizer_run, SplitConfig(coarse_rounds=1), coarse_noise=0.5)
@@ -274,10 +285,14 @@ def test_four_samples_are_learned_by_heart(role, digits, tokenizer_run, tmp_path
         ({"num_classes": None}, "one of `num_classes` and `text_encoder`"),
         ({"text_encoder": TINY_ENCODER}, "one of `num_classes` and `text_encoder`"),
         ({"condition_dropout": 2.0}, r"must be in \[0, 1\], got 2.0"),
+        ({"num_classes": -1}, "`num_classes` must be at least 1, got -1"),
+        ({"grid_size": (0, 4)}, r"`grid_size` must be positive, got \(0, 4\)"),
+        ({"backbone": "digitz"}, "`model.backbone`: unknown variant 'digitz'; known are"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(options, match):
+    usual = {"backbone": "digits", "tokenizer": "nowhere", "grid_size": (2, 2), "num_classes": 10}
     with pytest.raises(ValueError, match=match):
-        LitRaster("digits", "nowhere", grid_size=(2, 2), **{"num_classes": 10, **options})
+        LitRaster(**usual | options)
     with pytest.raises(ValueError, match="one of `clusters` and `coarse_rounds` must be given"):
         SplitConfig()

@@ -15,6 +15,7 @@ import grn_lightning
 from grn_lightning.functional import hbq_encode
 from grn_lightning.lit.coarse_to_fine import (
     LitFine,
+    LitRaster,
     load_coarse_to_fine,
     load_stage,
 )
@@ -177,6 +178,24 @@ def test_stages_that_do_not_belong_together_are_refused(chain, exports, digits, 
     folder = store(tmp_path / "other", LitFine, chain.tokenizer, split=split)
     with pytest.raises(ValueError, match="both stages must have one split"):
         grn_lightning.load(exports / "raster", fine=folder)
+
+
+def test_a_stage_starts_from_its_like_and_from_nothing_else(chain, exports, trained, capsys):
+    for start in (chain.raster, exports / "raster"):
+        stage = load_stage(chain.raster)
+        other = LitRaster(**dict(stage.hparams) | {"init_from": str(start)})
+        other.configure_model()
+        assert tensors_equal(other.network.state_dict(), stage.network.state_dict())
+    options = dict(load_stage(chain.raster).hparams)
+    for wrong, match in (
+        (chain.tokenizer, "`init_from`: .*vq' has no network; what it has is .*tokenizer"),
+        (chain.baseline, "`init_from`: .*ar': the checkpoint does not fit CodeTransformer"),
+        (exports / "fine", "`init_from`: .*fine': the checkpoint does not fit CodeTransformer"),
+        (trained.classes, "has no network; what it has is generator"),
+    ):
+        module = LitRaster(**options | {"init_from": str(wrong)})
+        with pytest.raises(ValueError, match=match):
+            module.configure_model()
 
 
 def test_prefixes_and_captions_are_exported_too(chain, trained, tmp_path):

@@ -289,7 +289,7 @@ def test_impossible_assumptions_are_refused(settings: dict[str, Any], match: str
 def test_files_that_cannot_be_planned_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give the YAML files of the training"):
         plan(["trainer.max_steps=1"], config=PlanConfig())
-    with pytest.raises(ValueError, match="there is no file 'nowhere.yaml'"):
+    with pytest.raises(ValueError, match="'nowhere.yaml' is not there; give the YAML files"):
         plan(["nowhere.yaml"], config=PlanConfig())
     root = Path(__file__).parents[2] / "experiments"
     with pytest.raises(ValueError, match="knows trainings of LitGenerator, got one of LitTokenize"):
