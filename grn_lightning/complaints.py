@@ -34,6 +34,7 @@ _TOP_LEVEL = (
     "ckpt_path",
     "weights_only",
 )
+_LONGEST_NAME = 255  # of a file, in characters
 _FEW = 16  # so many allowed keys are listed
 _TABLE = re.compile(r"[^\n]+(\n  \S[^\n]*)+")  # a sentence of ours, and rows below it
 
@@ -102,8 +103,8 @@ def require_settings(args: Sequence[str]) -> None:
         if name not in ("-c", "--config") or not (given or args[place + 1 : place + 2]):
             continue
         file = Path(given or args[place + 1])
-        if not file.is_file():
-            continue  # the parser says so
+        if len(file.name) > _LONGEST_NAME or not file.is_file():
+            continue  # the parser says so, or takes it for the settings themselves
         try:
             found = yaml.safe_load(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
@@ -113,6 +114,10 @@ def require_settings(args: Sequence[str]) -> None:
             line = "" if where is None else f", line {where.line + 1}"
             why = str(error.problem).replace("'\\t'", "a tab")
             raise ValueError(f"'{file}'{line}: {why}; it must be YAML.") from error
+        except yaml.YAMLError as error:  # characters that YAML does not know, as of UTF-16
+            raise ValueError(
+                f"'{file}' is no text in UTF-8 that is YAML; save it as such."
+            ) from error
         if not isinstance(found, dict):
             raise ValueError(f"'{file}' must hold settings, one `name: value` a line.")
 

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +18,26 @@ def _fixed_seed() -> None:
     """Seed torch before every test; `GRN_TEST_SEED` sets another seed."""
     torch.manual_seed(int(os.environ.get("GRN_TEST_SEED", "0")))
     torch.set_num_threads(1)
+
+
+_MEETING = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")
+_MET_AT = {name: os.environ.get(name) for name in _MEETING}
+
+
+@pytest.fixture(autouse=True)
+def _nobody_waits_for_others() -> Iterator[None]:
+    """Leave the group that a strategy has formed in this process, and forget where it met.
+
+    Processes that a later test starts would look for each other at the same port.
+    """
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name, value in _MET_AT.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _shared(name: str) -> Path:

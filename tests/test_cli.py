@@ -253,6 +253,8 @@ def test_a_half_written_checkpoint_is_named_before_anything_is_built(capsys, tmp
         (b"trainer:\n\tmax_steps: 3\n",
          ", line 2: found character a tab that cannot start any token; it must be YAML."),
         (b"model: {seed: 1", ", line 1: expected ',' or '}', but got '<stream end>'; it must be Y"),
+        (b"a: 3 # \x07", " is no text in UTF-8 that is YAML; save it as such."),
+        ("a: 3".encode("utf-16-le"), " is no text in UTF-8 that is YAML; save it as such."),
         (b"hello", " must hold settings, one `name: value` a line."),
         (b"", " must hold settings, one `name: value` a line."),
     ],

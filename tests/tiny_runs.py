@@ -168,6 +168,7 @@ def fit(folder: Path, config: dict[str, Any], *args: Any) -> L.Trainer:
 def start_grn(*args: Any, log: Path) -> subprocess.Popen[bytes]:
     """Start `python -m grn_lightning ARGS...` as a process of its own, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment.pop("MASTER_PORT", None)  # of a strategy that was used in this process
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "grn_lightning", *map(str, args)],

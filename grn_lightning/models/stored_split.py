@@ -1,11 +1,14 @@
 """Splits of code maps as plain data and tensors: what an export keeps of them."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from grn_lightning.models.coarse_split import ClusterSplit, CoarseSplit, LatentSplit, PrefixSplit
+from grn_lightning.models.hashes import tensors_hash
 
 
 class SplitTensors(nn.Module):
@@ -32,6 +35,13 @@ def split_as_plain(split: CoarseSplit) -> dict[str, Any]:
     if isinstance(split, LatentSplit):
         return {"kind": "latents", "num_rounds": split.num_rounds}
     raise ValueError(f"a {type(split).__name__} has no stored form.")
+
+
+def split_hash(split: CoarseSplit) -> str:
+    """Return a hash of all that a split is, 16 hexadecimal digits."""
+    plain = json.dumps(split_as_plain(split), sort_keys=True)
+    whole = plain + tensors_hash(SplitTensors(split).state_dict())
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def read_split(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CoarseSplit:

@@ -13,6 +13,7 @@ from torch import Tensor
 from grn_lightning.models.coarse_split import CoarseSplit, MapSizes, leak_rate
 from grn_lightning.models.code_transformer import CodeTransformer
 from grn_lightning.models.hashes import weights_hash
+from grn_lightning.models.stored_split import split_hash
 from grn_lightning.models.text_encoder import TextEncoder
 from grn_lightning.models.tokenizer import HBQTokenizer
 from grn_lightning.models.vq_tokenizer import VQTokenizer
@@ -33,7 +34,7 @@ class CoarseToFineCodes:
     num_steps: int
     """Sequential steps: positions, and one for stage 2."""
     num_rows: int
-    """Samples in all calls of the causal network."""
+    """Samples in all calls of both networks, twice as many where guided."""
     leak_rate: Tensor
     """`(b,)` share of positions where stage 2 contradicts stage 1."""
 
@@ -122,14 +123,18 @@ class CoarseToFinePipeline:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Hashes of the weights of its parts, by name."""
+        """Hashes of the weights of its parts, by name, and of what else decides a draw."""
         parts = {
             "coarse": self.coarse,
             "fine": self.fine,
             "tokenizer": self.tokenizer,
             "text_encoder": self.text_encoder,
         }
-        return {name: weights_hash(part) for name, part in parts.items() if part is not None}
+        hashes = {name: weights_hash(part) for name, part in parts.items() if part is not None}
+        if self.split is not None:
+            hashes["split"] = split_hash(self.split)
+            hashes["fine_mask"] = "none" if self.fine_mask == "none" else "sample"
+        return hashes
 
     def to(self, device: torch.device | str) -> "CoarseToFinePipeline":
         """Move all parts, in place."""
@@ -145,11 +150,7 @@ class CoarseToFinePipeline:
 
     @torch.no_grad()
     def detokenize(self, codes: Tensor) -> Tensor:
-        """Map codes `(b, c, h, w)` to pictures `(b, 3, 1, h, w)`, clamped to [-1, 1].
-
-        A batch rounds differently in the last bit, which can move a pixel by a level: one by one,
-        a picture is the same whatever is drawn beside it.
-        """
+        """Map codes `(b, c, h, w)` to pictures `(b, 3, 1, h, w)`, clamped to [-1, 1]."""
         return self.tokenizer.detokenize(codes.unsqueeze(2)).float().clamp(-1, 1)
 
     def decode_chunks(self, elements: Tensor) -> Iterator[Tensor]:
@@ -209,7 +210,7 @@ class CoarseToFinePipeline:
             seed=seed,
             **given,
         )
-        codes, num_steps = result.coarse, result.num_steps
+        codes, num_steps, num_rows = result.coarse, result.num_steps, result.num_rows
         leaks = torch.zeros(len(sample_index), device=codes.device)
         if self.fine is not None and self.split is not None:
             fine = draw_fine(
@@ -221,11 +222,12 @@ class CoarseToFinePipeline:
                 **given,
             )
             codes, num_steps = self.split.join(result.coarse, fine), num_steps + 1
+            num_rows += len(sample_index) * (1 if config.fine.scale_at(0.0) == 1.0 else 2)
             leaks = leak_rate(self.split, result.coarse, codes)
         return CoarseToFineCodes(
             codes=codes,
             coarse=result.coarse,
             num_steps=num_steps,
-            num_rows=result.num_rows,
+            num_rows=num_rows,
             leak_rate=leaks,
         )

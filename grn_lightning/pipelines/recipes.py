@@ -232,6 +232,9 @@ def read_recipes(file: Path) -> dict[str, AnyRecipe]:
 # --- following ------------------------------------------------------------------------------------
 
 
+_OPTION_OF = {"tokenizer": "tokenizer", "fine": "fine", "split": "fine", "fine_mask": "fine"}
+
+
 def check_weights(weights: Mapping[str, str], present: Mapping[str, str], *, where: str) -> None:
     """Refuse other weights than those that samples were, or are to be, made with.
 
@@ -246,10 +249,10 @@ def check_weights(weights: Mapping[str, str], present: Mapping[str, str], *, whe
     for part in sorted(weights.keys() | present.keys()):
         wanted, found = weights.get(part, "none"), present.get(part, "none")
         if wanted != found:
-            option = f"`--{part}`" if part in ("tokenizer", "fine") else "`--checkpoint`"
+            option = _OPTION_OF.get(part, "checkpoint")
             raise ValueError(
-                f"it was made with {part.replace('_', ' ')} {wanted}, but {where} has {found}; "
-                f"name the right one by {option}."
+                f"it was made with {part.replace('_', ' ')} {wanted}, but what is there ({where}) "
+                f"has {found}; name the right one by `--{option}`."
             )
 
 

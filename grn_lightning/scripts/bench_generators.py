@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -60,6 +61,13 @@ def _finished(output: Path) -> list[ArmResult]:
     return results
 
 
+def _is_plan(recorded: dict[str, Any], plan: ArmPlan) -> bool:
+    try:
+        return plan_facts(ArmPlan(**recorded)) == plan_facts(plan)
+    except TypeError:  # settings of a newer version
+        return False
+
+
 def _check_comparable(results: Sequence[ArmResult], bench: Bench) -> None:
     """Refuse to mix arms of other data, settings, networks or tokenizers.
 
@@ -78,9 +86,7 @@ def _check_comparable(results: Sequence[ArmResult], bench: Bench) -> None:
         other = [key for key in ours if theirs.get(key) != ours[key]]
         found = {key: (theirs.get(key), ours[key]) for key in other}
         if result.arm in ARMS | bench.config.plans:
-            is_same = plan_facts(ArmPlan(**result.plan)) == plan_facts(
-                bench.config.plan(result.arm)
-            )
+            is_same = _is_plan(result.plan, bench.config.plan(result.arm))
             other += [] if is_same else [f"networks of {result.arm!r}"]
         name = result.plan["tokenizer"]
         if hashes.get(name, result.tokenizer_hash) != result.tokenizer_hash:

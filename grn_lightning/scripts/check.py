@@ -21,7 +21,7 @@ from grn_lightning.lit.preflight import (
     merge_reports,
 )
 from grn_lightning.lit.tokenizer import LitTokenizer, load_tokenizer
-from grn_lightning.scripts.runs import choose_device, open_run
+from grn_lightning.scripts.runs import STAGES, choose_device, open_run
 
 NUM_BATCHES = 8
 """Batches that are looked through for other shapes: sources take turns."""
@@ -59,7 +59,7 @@ def check(
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
     trained = open_run(run)
-    if trained.stage in ("raster", "fine"):
+    if trained.stage in STAGES:
         raise ValueError(
             f"'{trained.checkpoint}' is a stage of coarse-to-fine prediction, which is not checked."
         )

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from grn_lightning.lit.loading import is_stage, open_coarse_to_fine
+from grn_lightning.lit.loading import open_coarse_to_fine
 from grn_lightning.models.grn_class import GRNClassConfig
 from grn_lightning.scripts.draw_plan import DrawOptions, DrawPlan, SamplePlan
 from grn_lightning.scripts.opening import identity, open_drawer
-from grn_lightning.scripts.runs import TrainedRun, open_run
+from grn_lightning.scripts.runs import STAGES, TrainedRun, open_run
 from grn_lightning.scripts.sample_stages import refuse_unused
 from grn_lightning.scripts.stage_plan import StagePlan
 
@@ -44,12 +44,17 @@ def plan_samples(checkpoint: Path | None, options: DrawOptions, *, device: torch
     Raises:
         ValueError: If there is none, or it cannot draw that.
     """
-    if checkpoint is not None and options.weights is None and is_stage(checkpoint):
-        return _plan_stages(checkpoint, options, device)
+    run = None if checkpoint is None or options.weights is not None else open_run(checkpoint)
+    if checkpoint is not None and run is not None and run.stage in STAGES:
+        return _plan_stages(checkpoint, run, options, device)
     known = [name for name in vars(options) if name not in _OF_STAGES]
     refuse_unused(vars(options), vars(DrawOptions()), known, what="generators that refine")
     opened = open_drawer(
-        checkpoint, options.weights, folder=options.weights_folder, tokenizer=options.tokenizer
+        checkpoint,
+        options.weights,
+        folder=options.weights_folder,
+        tokenizer=options.tokenizer,
+        run=run,
     )
     config = opened.pipeline.config
     return Drawer(
@@ -60,14 +65,16 @@ def plan_samples(checkpoint: Path | None, options: DrawOptions, *, device: torch
     )
 
 
-def _plan_stages(checkpoint: Path, options: DrawOptions, device: torch.device) -> Drawer:
+def _plan_stages(
+    checkpoint: Path, run: TrainedRun, options: DrawOptions, device: torch.device
+) -> Drawer:
     refuse_unused(
         vars(options),
         vars(DrawOptions()),
         (*_OF_STAGES, *_OF_BOTH),
         what="coarse-to-fine prediction and its baseline",
     )
-    run, fine = open_run(checkpoint), None
+    fine = None
     place = None if options.tokenizer is None else str(options.tokenizer)
     pipeline = open_coarse_to_fine(checkpoint, options.fine, tokenizer=place)
     origin = identity(run.checkpoint)

@@ -75,7 +75,7 @@ def draw_layout(
         "date": now(),
         "code": code_version(),
         "environment": environment(device),
-        "checkpoint": plan.described()["checkpoint"],
+        **plan.described(),
         **facts,
     }
     list_file = job.finish(record)

@@ -29,7 +29,14 @@ from grn_lightning.scripts.records import (
     now,
     read_evaluations,
 )
-from grn_lightning.scripts.runs import ClipSize, TrainedRun, choose_device, file_hash, open_run
+from grn_lightning.scripts.runs import (
+    STAGES,
+    ClipSize,
+    TrainedRun,
+    choose_device,
+    file_hash,
+    open_run,
+)
 
 _REFINE = RefineConfig()
 _NUM_SAMPLES = 200  # of a generator, whose samples are not for free
@@ -87,7 +94,7 @@ class EvaluationReport:
 def _check(run: TrainedRun, given: dict[str, Any]) -> None:
     """Refuse what cannot be meant or written down, and warn of what has no effect."""
     read_evaluations(run.folder)
-    if run.stage in ("raster", "fine"):
+    if run.stage in STAGES:
         raise ValueError(
             f"'{run.checkpoint}' is a stage of coarse-to-fine prediction: `grn evaluate "
             "samples` judges it, with its other half as `--fine`, and `grn sample` draws from it."

@@ -89,8 +89,10 @@ def _open_shards(
 
 
 def _check_npz(data: Path) -> None:
-    if not data.is_file() or not is_zipfile(data):
+    if not data.is_file():
         raise ValueError(f"'{data}' must be an .npz of pictures; there is no such file.")
+    if not is_zipfile(data):
+        raise ValueError(f"'{data}' must be an .npz of pictures, an archive, and is none.")
 
 
 def _open_npz(data: Path, *, num_samples: int | None, batch_size: int) -> Iterator[Tensor]:

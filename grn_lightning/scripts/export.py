@@ -26,7 +26,7 @@ from grn_lightning.models.text_encoder import TINY, TextEncoderConfig, build_tex
 from grn_lightning.models.tokenizers import as_tokenizer_config, build_tokenizer
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.scripts.calibrated import SAMPLING_FILE, calibrated
-from grn_lightning.scripts.runs import TrainedRun, open_run
+from grn_lightning.scripts.runs import STAGES, TrainedRun, open_run
 
 _SOURCE_FIELDS = ("media", "num_frames", "fps", "image_size")  # of the data, what samples need
 
@@ -76,13 +76,14 @@ def export(
             `grn calibrate` has found.
 
     Raises:
-        ValueError: If there is no such run, or `out` exists, be it a folder.
+        ValueError: If there is no such run, or `out` exists or is the folder of a run.
     """
     if is_export(checkpoint):
         raise ValueError(f"'{checkpoint}' is an export already.")
-    if (name := export_files(out).info.with_suffix("")).is_dir():
+    name = Path(str(export_files(out).info).removesuffix(".json"))
+    if any(True for _ in name.rglob("*.ckpt")):
         raise ValueError(
-            f"`out` must be the name of no folder, got '{name}': the export would be taken for the "
+            f"`out` must be the name of no run, got '{name}': the export would be taken for the "
             f"run there from then on. Give another, such as '{name}-export'."
         )
     run = open_run(checkpoint)
@@ -92,7 +93,7 @@ def export(
     if run.stage == "tokenizer":
         sizes = as_tokenizer_config(config["tokenizer"])
         modules = {"tokenizer": assign(lambda: build_tokenizer(sizes), select(state, "tokenizer"))}
-    elif run.stage in ("raster", "fine"):
+    elif run.stage in STAGES:
         modules = _stage(run, state, info)
     else:
         modules = {"generator": _generator(config["generator"], select(state, "generator"))}

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from grn_lightning.lit.generator import load_generator
-from grn_lightning.lit.loading import is_stage
 from grn_lightning.lit.tokenizer import load_tokenizer
 from grn_lightning.models.pretrained import export_files, is_export
 from grn_lightning.models.tokenizer import HBQTokenizer
@@ -16,7 +15,7 @@ from grn_lightning.pipelines.registry import published
 from grn_lightning.samplers import RefineConfig
 from grn_lightning.samplers.presets import get_preset
 from grn_lightning.scripts.calibrated import calibrated
-from grn_lightning.scripts.runs import TrainedRun, file_hash, open_run
+from grn_lightning.scripts.runs import STAGES, TrainedRun, file_hash, open_run
 
 AUTO = "auto"
 """Settings that come with the weights."""
@@ -77,10 +76,10 @@ class Opened:
         return replace(base, **changed) if changed else base
 
 
-def _refuse_stages(checkpoint: Path) -> None:
-    if is_stage(checkpoint):
+def _refuse_stages(run: TrainedRun) -> None:
+    if run.stage in STAGES:
         raise ValueError(
-            f"'{checkpoint}' is a stage of coarse-to-fine prediction, which does not refine: "
+            f"'{run.checkpoint}' is a stage of coarse-to-fine prediction, which does not refine: "
             "`grn sample` draws from it, `grn evaluate samples` and `grn bench fine` judge it."
         )
 
@@ -91,6 +90,7 @@ def open_drawer(
     *,
     folder: Path,
     tokenizer: Path | None,
+    run: TrainedRun | None = None,
 ) -> Opened:
     """Open what is to draw.
 
@@ -99,6 +99,7 @@ def open_drawer(
         weights: Name of published weights, instead.
         folder: Where published weights lie, or are downloaded to.
         tokenizer: Where the tokenizer lies, if not where it is expected.
+        run: From `open_run` of that checkpoint, where it was opened already.
 
     Raises:
         ValueError: If neither or both are given, or they cannot be opened.
@@ -119,8 +120,8 @@ def open_drawer(
         pipeline = load_published(weights, folder, tokenizer=network)
         return Opened(pipeline, fetch(weights, folder), None, weights)
     assert checkpoint is not None
-    _refuse_stages(checkpoint)
-    run = open_run(checkpoint)
+    run = run or open_run(checkpoint)
+    _refuse_stages(run)
     if is_export(checkpoint):
         network = None if tokenizer is None else load_tokenizer(tokenizer)
         loaded = load_export(checkpoint, network)

@@ -8,7 +8,7 @@ from typing import Any
 from grn_lightning.lit.checkpoints import find_checkpoint
 from grn_lightning.scripts.records import read_evaluations
 from grn_lightning.scripts.report_curves import History, read_history
-from grn_lightning.scripts.runs import TrainedRun, open_run
+from grn_lightning.scripts.runs import STAGES, TrainedRun, open_run
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,20 @@ class Told:
     @property
     def evaluate_command(self) -> str:
         """The command that evaluates it."""
-        if self.run.stage == "raster":
-            return f"grn evaluate samples {self.run.folder} --num_samples 50000"
-        if self.run.stage == "fine":
-            return f"grn evaluate samples STAGE_1 --fine {self.run.folder} --num_samples 50000"
+        if self.run.stage in STAGES:
+            return f"grn evaluate samples {self._stages}"
         data = self.run.source().get("path", "DATA")
         return f"grn evaluate {self.run.folder} {data}"
+
+    @property
+    def _stages(self) -> str:
+        """What draws with this stage, and what it may be asked for."""
+        found = self.run.configuration
+        asked = "--num_samples 50000" if found.get("text_encoder") is None else "--conditions DATA"
+        if self.run.stage == "fine":
+            return f"STAGE_1 --fine {self.run.folder} {asked}"
+        fine = "" if found.get("split") is None else " --fine STAGE_2"
+        return f"{self.run.folder}{fine} {asked}"
 
 
 def find_runs(paths: Sequence[Path]) -> list[TrainedRun]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from grn_lightning.lit.checkpoints import find_checkpoint, read_checkpoint
+from grn_lightning.models.code_transformer import CodeTransformer
 from grn_lightning.models.pretrained import export_files, is_export, read_pretrained
 
 _CHECKPOINTS = "checkpoints"  # Lightning's folder of checkpoints in a run
@@ -20,6 +21,9 @@ _NETWORKS = {
 
 Stage = Literal["tokenizer", "generator", "raster", "fine"]
 """What was trained; "raster" and "fine" are the stages of coarse-to-fine prediction."""
+
+STAGES = ("raster", "fine")
+"""The plain baseline and stage 1, and stage 2."""
 
 
 class ClipSize(NamedTuple):
@@ -142,9 +146,12 @@ def open_run(path: Path) -> TrainedRun:
 def _open_export(path: Path) -> TrainedRun:
     pretrained = read_pretrained(path, check=False)
     training = pretrained.info.get("training", {})  # converted weights do not know it
+    stage: Stage = pretrained.kind
+    if pretrained.architecture == CodeTransformer.__name__:
+        stage = "raster" if pretrained.info["config"]["generator"]["is_causal"] else "fine"
     return TrainedRun(
         checkpoint=pretrained.file,
-        stage=pretrained.kind,
+        stage=stage,
         step=training.get("step", 0),
         samples_seen=training.get("samples_seen", 0),
         data=training.get("data", {}),

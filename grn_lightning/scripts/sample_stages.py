@@ -50,7 +50,7 @@ class StageSamples:
     seconds: float
     """Time for all."""
     num_rows: int
-    """Rows that the causal network was asked for, and one more per sample and stage 2."""
+    """Rows that both networks were asked for."""
 
 
 def refuse_options(
@@ -142,7 +142,7 @@ def draw_stages(
         index = (part + first.sample_index).to(pipeline.device)
         condition = pipeline.condition({field: [values[n] for n in part.tolist()]})
         drawn = pipeline.draw_codes(condition, index, config=first.draw, seed=first.seed)
-        num_rows += drawn.num_rows + len(part) * (pipeline.fine is not None)
+        num_rows += drawn.num_rows
         pictures = to_uint8(decoded(pipeline, drawn.codes)[:, :, 0]).cpu()
         for n, picture, leak in zip(part.tolist(), pictures, drawn.leak_rate.tolist(), strict=True):
             number = first.sample_index + n

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,8 +83,11 @@ class StagePlan(SamplePlan):
     @property
     def walk(self) -> tuple[str, ...]:
         """What decides the cost of a sample, for tags."""
-        scale = f"scale {self.draw_config.coarse.guidance_scale:g}"
-        return (scale,) if self.stages[1] is None else ("coarse to fine", scale)
+        scales = f"scale {self.draw_config.coarse.guidance_scale:g}"
+        if self.stages[1] is None:
+            return (scales,)
+        fine = self.draw_config.fine.guidance_scale
+        return "coarse to fine", scales if fine == 1 else f"{scales} and {fine:g}"
 
     def described(self) -> dict[str, Any]:
         """Return what a record says of the drawing."""
@@ -104,6 +108,7 @@ class StagePlan(SamplePlan):
             "draw": asdict(self.draw_config),
             "batch": self.batch_size,
             "device": self.device,
+            "version": version("grn-lightning"),
         }
         return json.loads(json.dumps(facts))
 
@@ -141,7 +146,7 @@ class StagePlan(SamplePlan):
                 rows=rows,
                 clips=clips,
                 elements=drawn.codes,
-                num_forwards=drawn.num_rows + len(rows) * (pipeline.fine is not None),
+                num_forwards=drawn.num_rows,
                 seconds=seconds_on(pipeline.device) - start,
                 num_steps=torch.full((len(rows),), drawn.num_steps),
             )

@@ -1,4 +1,4 @@
-"""Stages of coarse-to-fine prediction under every strategy: two processes are one."""
+"""Stages of coarse-to-fine prediction under each kind of strategy: two processes are one."""
 
 from pathlib import Path
 from typing import Any

@@ -252,6 +252,13 @@ def test_records_of_before_a_setting_was_made_are_known(
         file.write_text(json.dumps(record))
     again = call_grn("bench", "generators", folder, *options, *arms)
     assert markdown(again.rows) == markdown(bench.rows)
+    file = folder / "grn" / "seed3" / "result.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"plan": record["plan"] | {"to_come": 1}}))
+    with pytest.raises(SystemExit):
+        call_grn("bench", "generators", folder, *options, *arms)
+    assert "other settings: networks of 'grn'" in capsys.readouterr().err
+    file.write_text(json.dumps(record))
     with pytest.raises(SystemExit):
         call_grn("bench", "generators", folder, *options, *arms, "--corruption.i2v_ratio", 0.5)
     assert "other settings: corruption" in capsys.readouterr().err

@@ -244,7 +244,7 @@ def test_samples_are_the_pictures_of_the_stages_whatever_the_batch(chain, tmp_pa
     told = json.loads((tmp_path / "a" / "samples.json").read_text())
     assert told["draw"]["coarse"]["guidance_scale"] == 2
     assert "--draw.fine.temperature=0.5" in told["command"]
-    assert told["weights"].keys() == {"coarse", "fine", "tokenizer"}
+    assert told["weights"].keys() == {"coarse", "fine", "tokenizer", "split", "fine_mask"}
     assert len(told["samples"]) == 4
     one = ["--class_labels", 5, "--first_index", 3, "--seed", 4, "--batch_size", 1]
     again = draw(chain, tmp_path / "b", *one, *warm)

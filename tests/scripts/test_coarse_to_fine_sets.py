@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from grn_lightning.functional import frechet_distance
-from grn_lightning.lit.coarse_to_fine import LitRaster, load_coarse_to_fine
+from grn_lightning.lit.coarse_to_fine import LitFine, LitRaster, load_coarse_to_fine
 from grn_lightning.media.images import decode_image, to_uint8
 from grn_lightning.metrics import DigitJudge, FeatureSums, ReferenceStatistics
+from grn_lightning.models.clusters import read_clusters, write_clusters
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig, DrawConfig
 from tests.scripts.stages import BACKBONE, Chain, draw, store
@@ -52,6 +54,9 @@ def test_a_judged_set_is_what_the_pipeline_draws(chain, digits, reference, tmp_p
     warm = ("--draw.coarse.guidance_scale", 2, "--draw.fine.temperature", 0.5)
     options = ("--fine", chain.fine, "--reference", reference, "--batch_size", 4, *warm)
     report = judge_set(run, digits, *options, "--out", out, "--keep_samples", "true")
+    guided = (*options, "--draw.fine.guidance_scale", 3)
+    twice = numbers(judge_set(run, digits, *guided, "--out", tmp_path / "guided"))
+    assert twice["forwards/sample[coarse to fine,scale 2 and 3]"] == 4 * 2 + 2
     pipeline = load_coarse_to_fine(run, chain.fine)
     labels, index = torch.arange(10).repeat_interleave(2), torch.arange(20)
     drawing = {"coarse": DrawConfig(guidance_scale=2.0), "fine": DrawConfig(temperature=0.5)}
@@ -79,19 +84,81 @@ def test_a_judged_set_is_what_the_pipeline_draws(chain, digits, reference, tmp_p
     assert [found] == [numbers(judge_set(run, digits, *options, "--out", out))]  # nothing drawn
 
 
-def test_a_judged_set_is_the_same_from_parts_processes_and_exports(
+def test_a_judged_set_is_the_same_from_exports_and_goes_on(
     chain, exports, digits, reference, tmp_path, capsys
 ):
     options = ("--reference", reference, "--batch_size", 2)
     one = judge_set(chain.baseline, digits, *options, "--out", tmp_path / "a")
-    two = judge_set(
-        exports / "baseline", digits, *options, "--part_size", 2, "--out", tmp_path / "b"
-    )
+    parts = ("--part_size", 8, "--out", tmp_path / "b")
+    two = judge_set(exports / "baseline", digits, *options, *parts)
     assert numbers(one) == pytest.approx(numbers(two), rel=1e-6)
     assert not any(tag.startswith("steps/sample[coarse") for tag in numbers(one))
-    with pytest.raises(SystemExit):
-        judge_set(chain.baseline, digits, *options, "--out", tmp_path / "a", "--seed", 5)
-    assert "holds parts that were made otherwise" in capsys.readouterr().err
+    kept, gone, _ = sorted((tmp_path / "b" / "parts").iterdir())
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    assert numbers(judge_set(chain.baseline, digits, *options, *parts)) == numbers(two)
+    assert kept.stat().st_mtime_ns == before
+    for other in (("--seed", 5), ("--draw.coarse.temperature", 0.5)):
+        with pytest.raises(SystemExit):
+            judge_set(chain.baseline, digits, *options, "--out", tmp_path / "a", *other)
+        assert "holds parts that were made otherwise" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.scale
+def test_processes_share_a_set_of_stages(chain, digits, reference, tmp_path):
+    options = ("--fine", chain.fine, "--reference", reference, "--part_size", 5)
+    alone, together = (tmp_path / name for name in ("alone", "together"))
+    one = judge_set(chain.raster, digits, *options, "--out", alone)
+    two = judge_set(chain.raster, digits, *options, "--devices", 2, "--out", together)
+    assert numbers(one) == numbers(two)
+
+
+def twins(chain: Chain, folder: Path) -> dict[str, Path]:
+    """Stages 2 of equal weights that draw otherwise: by their mask, by their clusters."""
+    clusters = read_clusters(chain.clusters)
+    assert clusters.cluster_of is not None
+    moved = replace(clusters, cluster_of=clusters.cluster_of.roll(1))
+    write_clusters(folder / "moved.safetensors", moved)
+    found = {}
+    for name, file, mask in (
+        ("usual", chain.clusters, "sample"),
+        ("masked in training", chain.clusters, "train+sample"),
+        ("free", chain.clusters, "none"),
+        ("moved", folder / "moved.safetensors", "sample"),
+    ):
+        split = {"clusters": str(file)}
+        where = folder / name.replace(" ", "-")
+        found[name] = store(where / "fine", LitFine, chain.tokenizer, split=split, fine_mask=mask)
+        store(where / "coarse", LitRaster, chain.tokenizer, split=split)
+    return found
+
+
+def test_what_is_no_weight_and_decides_a_draw_is_part_of_plan_and_recipe(
+    chain, digits, tmp_path, capsys
+):
+    found = twins(chain, tmp_path)
+    hashes = {
+        name: load_coarse_to_fine(fine.parent / "coarse", fine).hashes
+        for name, fine in found.items()
+    }
+    assert len({each["fine"] for each in hashes.values()}) == 1
+    assert hashes["usual"] == hashes["masked in training"]  # they draw alike
+    assert len({tuple(each.items()) for each in hashes.values()}) == 3
+    usual = found["usual"]
+    options = ("--out", tmp_path / "set", "--keep_samples", "true", "--device", "cpu")
+    judge_set(usual.parent / "coarse", digits, "--fine", usual, *options)
+    picture = tmp_path / "set" / "samples" / "00000.png"
+    for name, part in (("free", "fine_mask 'sample' and 'none'"), ("moved", "split")):
+        stages = (found[name].parent / "coarse", "--fine", found[name])
+        with pytest.raises(SystemExit):
+            judge_set(stages[0], digits, *stages[1:], *options)
+        assert f"weights.{part}" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            call_grn("replay", picture, "--checkpoint", *stages, "--out", tmp_path / "x")
+        said = capsys.readouterr().err
+        assert f"it was made with {part.split()[0].replace('_', ' ')}" in said
+        assert "name the right one by `--fine`" in said
 
 
 def test_a_report_shows_a_judged_set(chain, digits, reference, tmp_path):
@@ -102,9 +169,14 @@ def test_a_report_shows_a_judged_set(chain, digits, reference, tmp_path):
     assert f"{report.measurements[0].value:.1f}" in page
     assert "coarse labels at guidance 1, temperature 0.5, seed 4" in page
     assert "grn evaluate samples" in page
-    call_grn("report", chain.fine, "--out", tmp_path / "fine.html")
-    command = f"grn evaluate samples STAGE_1 --fine {chain.fine} --num_samples"
-    assert command in (tmp_path / "fine.html").read_text()
+    first = shutil.copytree(chain.raster / "checkpoints", tmp_path / "a" / "checkpoints").parent
+    for stage, command in (
+        (chain.fine, f"STAGE_1 --fine {chain.fine} --num_samples 50000"),
+        (first, f"{first} --fine STAGE_2 --num_samples 50000"),
+        (chain.captioned, f"{chain.captioned} --conditions DATA"),
+    ):
+        call_grn("report", stage, "--out", tmp_path / "other.html")
+        assert f"grn evaluate samples {command}" in (tmp_path / "other.html").read_text()
 
 
 def test_captions_are_drawn_into_the_folders_of_geneval(chain, tmp_path):
@@ -175,7 +247,10 @@ def test_pictures_are_made_again_from_what_they_say(chain, exports, digits, tmp_
         ([], "it was made with '.*fine/checkpoints/last.ckpt', which is not there; .* `--fine`"),
         (["--fine", chain.hbq_raster], "must be causal and stage 2 not"),
         (["--fine", exports / "raster"], "must be causal and stage 2 not"),
-        (["--fine", chain.fine, "--checkpoint", other_stage(chain, tmp_path)], "coarse .* but"),
+        (
+            ["--fine", chain.fine, "--checkpoint", other_stage(chain, tmp_path)],
+            "made with coarse .* but what is there",
+        ),
     ):
         with pytest.raises(SystemExit):
             call_grn("replay", kept, "--out", tmp_path / "x", *where)

@@ -98,9 +98,15 @@ def test_nothing_is_overwritten_and_options_must_fit(digits: Path, tmp_path: Pat
 def test_data_is_looked_for_before_the_network(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no archive")
     out = tmp_path / "a.safetensors"
-    for data in (tmp_path / "gone", tmp_path / "gone.npz", tmp_path / "text.npz"):
-        with pytest.raises(ValueError, match=f"'{data}"):
-            evaluate_stats(data, out=out, features="clean", weights=tmp_path / "no-weights")
+    for name, why in (
+        ("gone", "no shards of split"),
+        ("gone.npz", "there is no such file"),
+        ("text.npz", "an archive, and is none"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            evaluate_stats(
+                tmp_path / name, out=out, features="clean", weights=tmp_path / "no-weights"
+            )
 
 
 def test_judging_a_run_is_still_its_own_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_refusals(capsys, trained, exports, tmp_path):
     assert "exists and is not overwritten" in text
     for out in (trained.text, f"{trained.text}.json"):
         text = answer(capsys, "export", trained.text, "--out", out)
-        assert f"must be the name of no folder, got '{trained.text}'" in text
+        assert f"must be the name of no run, got '{trained.text}'" in text
     assert not list(trained.text.parent.glob("*.json"))
     assert "does not exist" in answer(capsys, "export", tmp_path / "no", "--out", tmp_path / "x")
     assert "is no checkpoint of a run" in answer(capsys, "evaluate", _half(exports, tmp_path), "d")

@@ -128,7 +128,8 @@ def test_other_weights_are_refused_with_both_hashes(
             if name.startswith("generator.") and value.is_floating_point():
                 state[name] = value + 1
     torch.save(content, checkpoint)
-    match = f"made with generator {recipe.weights['generator']}, but '.*' has [0-9a-f]{{16}}"
+    made = recipe.weights["generator"]
+    match = rf"made with generator {made}, but what is there \('.*'\) has [0-9a-f]{{16}}"
     with pytest.raises(ValueError, match=match):
         replay(file, checkpoint=runs.text, out=tmp_path / "again")
     assert not (tmp_path / "again").exists()
