@@ -85,6 +85,8 @@ class DrawOptions:
         for name in ("batch_size", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must be at least 0, got {self.seed}.")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"`fps` must be positive, got {self.fps}.")
 

@@ -65,13 +65,19 @@ def _as_list(values: Any) -> list[Any] | None:
 
 
 def _check(
-    num_samples: int, first_index: int, fps: float | None, batch_size: int, out: Path | None
+    num_samples: int,
+    first_index: int,
+    seed: int,
+    fps: float | None,
+    batch_size: int,
+    out: Path | None,
 ) -> None:
     issues = [
         f"`{name}` must be at least {low}, got {value}"
         for name, value, low in (
             ("num_samples", num_samples, 1),
             ("first_index", first_index, 0),
+            ("seed", seed, 0),
             ("batch_size", batch_size, 1),
         )
         if value < low
@@ -328,7 +334,7 @@ def sample(
         ValueError: If the generator cannot draw what is asked for, or `out` is not empty.
     """
     given = dict(locals())
-    _check(num_samples, first_index, fps, batch_size, out)
+    _check(num_samples, first_index, seed, fps, batch_size, out)
     if _are_stages(given):
         return _sample_stages(given)
     opened = open_drawer(checkpoint, weights, folder=weights_folder, tokenizer=tokenizer)

@@ -404,6 +404,8 @@ def test_what_does_not_belong_together_is_refused(
         judged(run, part_size=0)
     with pytest.raises(ValueError, match="`devices` must be at least 1, got 0"):
         DrawOptions(devices=0)
+    with pytest.raises(ValueError, match="`seed` must be at least 0, got -1"):
+        DrawOptions(seed=-1)
     with pytest.raises(ValueError, match="give `--num_samples`"):
         judged(run, num_samples=None)
     other = ReferenceStatistics.read(reference)

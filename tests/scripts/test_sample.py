@@ -240,6 +240,7 @@ def test_long_clips_are_decoded_a_few_frames_at_a_time(
         ("text", {"prompts": ["x"], "image_size": (16, 20)}, "multiple"),
         ("text", {"prompts": ["x"], "num_samples": 0, "fps": 0.0}, "`num_samples`.*`fps`"),
         ("text", {"prompts": ["x"], "device": "tpu9"}, "`device`"),
+        ("text", {"prompts": ["x"], "seed": -1}, "`seed` must be at least 0, got -1"),
         ("tokenizer", {"prompts": ["x"]}, "no checkpoint of a generator"),
     ],
 )
