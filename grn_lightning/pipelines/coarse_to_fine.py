@@ -222,7 +222,7 @@ class CoarseToFinePipeline:
                 **given,
             )
             codes, num_steps = self.split.join(result.coarse, fine), num_steps + 1
-            num_rows += len(sample_index) * (1 if config.fine.scale_at(0.0) == 1.0 else 2)
+            num_rows += len(sample_index) * config.fine.fine_rows
             leaks = leak_rate(self.split, result.coarse, codes)
         return CoarseToFineCodes(
             codes=codes,

@@ -54,6 +54,9 @@ class Making:
     version: str = field(default_factory=lambda: version("grn-lightning"))
     """Version of this package."""
 
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the given files, by role."""
+
     @property
     def given_files(self) -> dict[str, Path]:
         """The files that it reads, by role."""
@@ -79,6 +82,11 @@ class StageRecipe(Making):
     """Guidance, temperature and truncation of both stages."""
     fine: str | None = None
     """Where stage 2 lay; None for the baseline."""
+
+    @property
+    def fps(self) -> float:
+        """Of clips, which these are not."""
+        return 1.0
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> Self:
@@ -111,8 +119,6 @@ class Recipe(Making):
     """File of the picture that a plain draw started from."""
     edit: EditPlan | None = None
     """What was done to given files; None for a plain draw."""
-    files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the given files, by role."""
 
     @property
     def given_files(self) -> dict[str, Path]:
@@ -262,9 +268,8 @@ def check_files(recipe: AnyRecipe) -> None:
     Raises:
         ValueError: If one is; it names both hashes.
     """
-    hashes = recipe.files if isinstance(recipe, Recipe) else {}
     for role, file in recipe.given_files.items():
-        wanted = hashes.get(role)
+        wanted = recipe.files.get(role)
         if not file.is_file():
             raise ValueError(f"its {role} '{file}' is gone; put it back to replay it.")
         if (found := file_hash(file)) != wanted:

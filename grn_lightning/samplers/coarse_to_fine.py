@@ -92,6 +92,11 @@ class DrawConfig:
         low, high = self.guidance_interval
         return self.guidance_scale if low <= progress < high else 1.0
 
+    @property
+    def fine_rows(self) -> int:
+        """Rows that a sample costs in the one step of the fine stage: two where guided."""
+        return 1 if self.scale_at(0.0) == 1.0 else 2
+
     def draw(self, logits: Tensor, u: Tensor) -> Tensor:
         """Draw from guided logits `(..., k)` at uniform numbers `u` `(...)`."""
         if self.temperature > 0:
@@ -112,17 +117,14 @@ class CoarseToFineConfig:
 
 
 @dataclass(frozen=True)
-class CoarseToFineResult:
+class RasterResult:
     """The samples and what they cost."""
 
     coarse: Tensor
     """`(b, c_1, h, w)` long: what stage 1 drew; of the baseline, the codes."""
 
-    fine: Tensor | None
-    """`(b, c_2, h, w)` long: what stage 2 drew; None without a stage 2."""
-
     num_steps: int
-    """Sequential steps: positions, and one for stage 2."""
+    """Sequential steps: positions."""
 
     num_rows: int
     """Samples in all calls: twice as many at and before the last guided position."""
@@ -138,7 +140,7 @@ def draw_raster(
     sample_index: Tensor,
     seed: int,
     config: DrawConfig,
-) -> CoarseToFineResult:
+) -> RasterResult:
     """Draw code maps position by position (step 1 of the algorithm).
 
     Args:
@@ -182,9 +184,8 @@ def draw_raster(
         if i + 1 < num_positions:
             drawn = maps[:, :, i]
             known = network.advance(torch.cat([drawn, drawn]) if is_guided else drawn, i, cache)
-    return CoarseToFineResult(
+    return RasterResult(
         coarse=maps.unflatten(2, (height, width)),
-        fine=None,
         num_steps=num_positions,
         num_rows=(num_positions + num_guided) * num_samples,
     )
@@ -218,7 +219,7 @@ def draw_fine(
         Fine map `(b, c_2, h, w)` long.
     """
     num_samples, scale = len(sample_index), config.scale_at(0.0)
-    is_guided = scale != 1.0
+    is_guided = config.fine_rows == 2
     rows = _both(expand_rows(condition, num_samples), null_condition, num_samples, is_guided)
     logits = network(torch.cat([coarse, coarse]) if is_guided else coarse, rows)
     logits = _guided(logits, scale, is_guided)

@@ -154,8 +154,7 @@ def replay(
     for name, recipe in recipes.items():
         clip = follow(recipe, pipeline)
         stem = folder / Path(name).name.removesuffix(Path(name).suffix)
-        fps = recipe.fps if isinstance(recipe, Recipe) else 1.0  # of a picture, which has none
-        written = write_clip(stem, clip, fps=fps, note=recipe.as_note())
+        written = write_clip(stem, clip, fps=recipe.fps, note=recipe.as_note())
         files.append(written[0])
         same.append(_is_same(file.with_name(name), clip, written))
     compared = [is_same for is_same in same if is_same is not None]
