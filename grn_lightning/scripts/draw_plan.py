@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 
 from grn_lightning.pipelines import GeneratorPipeline, PromptStyle
-from grn_lightning.pipelines.recipes import Recipe, check_weights
+from grn_lightning.pipelines.recipes import AnyRecipe, Recipe, check_weights
 from grn_lightning.pipelines.registry import DEFAULT_FOLDER
 from grn_lightning.pipelines.resolutions import FPS
 from grn_lightning.samplers import RefineConfig, StepInfo
@@ -29,11 +29,13 @@ _FPS = 8.0  # of clips where no published weights say another
 _NOT_THE_PICTURE = (
     "checkpoint",
     "tokenizer",
+    "fine",
     "published",
     "condition",
     "sample_index",
     "num_steps",
 )
+_RECORDED = ("checkpoint", "fine", "weights", "seed", "refine", "draw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class DrawOptions:
 class SamplePlan(ABC):
     """Who draws what size how; what the samples show is said sample by sample."""
 
+    recipe: AnyRecipe
+    """What all samples have in common; its condition is empty."""
     batch_size: int
     """Samples drawn at a time."""
 
@@ -104,24 +108,26 @@ class SamplePlan(ABC):
 
     @property
     @abstractmethod
-    def fps(self) -> float:
-        """Frames per second of clips."""
-
-    @property
-    @abstractmethod
     def walk(self) -> tuple[str, ...]:
         """What decides the cost of a sample, for tags."""
 
     @abstractmethod
+    def rest(self) -> dict[str, Any]:
+        """Return what decides the samples, besides their recipes and the batch, as plain data."""
+
     def described(self) -> dict[str, Any]:
         """Return what a record says of the drawing, checkpoint and seed included."""
+        plain = asdict(self.recipe)
+        return {name: plain[name] for name in _RECORDED if name in plain}
 
-    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Return what decides the samples, besides what they are asked to show, as plain data.
 
         Folders are no part of it: the weights are named by their hashes.
         """
+        plain = self.recipe.as_plain()
+        kept = {name: value for name, value in plain.items() if name not in _NOT_THE_PICTURE}
+        return json.loads(json.dumps(kept | self.rest() | {"batch": self.batch_size}))
 
     @abstractmethod
     def open(self, device: torch.device) -> Any:
@@ -215,11 +221,6 @@ class DrawPlan(SamplePlan):
         return ClipSize(*self.recipe.size)
 
     @property
-    def fps(self) -> float:
-        """Frames per second of clips."""
-        return self.recipe.fps
-
-    @property
     def walk(self) -> tuple[str, ...]:
         """What decides the cost of a sample, for tags."""
         refine = self.recipe.refine
@@ -227,20 +228,9 @@ class DrawPlan(SamplePlan):
         at_most = steps if refine.adaptive is None else f"at most {steps}"
         return at_most, f"scale {refine.guidance_scale:g}"
 
-    def described(self) -> dict[str, Any]:
-        """Return what a record says of the drawing, checkpoint and seed included."""
-        return {
-            "checkpoint": self.recipe.checkpoint,
-            "weights": self.recipe.weights,
-            "seed": self.recipe.seed,
-            "refine": asdict(self.recipe.refine),
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """Return what decides the samples, besides what they are asked to show, as plain data."""
-        plain = self.recipe.as_plain()
-        kept = {name: value for name, value in plain.items() if name not in _NOT_THE_PICTURE}
-        return json.loads(json.dumps(kept | {"style": vars(self.style), "batch": self.batch_size}))
+    def rest(self) -> dict[str, Any]:
+        """Return what is put around prompts."""
+        return {"style": vars(self.style)}
 
     def open(self, device: torch.device) -> GeneratorPipeline:
         """Load the weights.

@@ -293,7 +293,7 @@ def evaluate_samples(
 
     spent = costs(job)
     report = SetReport(
-        title=f"{len(asked.values)} samples of {plan.described()['checkpoint']}, {asked.origin}, "
+        title=f"{len(asked.values)} samples of {plan.recipe.checkpoint}, {asked.origin}, "
         f"{plan.size}",
         measurements=tuple(measure(job, compared)),
         figures=(*shares(job), *_device_tag(job, spent, device.type)),

@@ -285,7 +285,7 @@ class LayoutJob(PartJob):
         else:
             unfinished = self.folder / _UNFINISHED / f"{number}.mp4"
             unfinished.unlink(missing_ok=True)  # of a process that was killed
-            write_mp4(unfinished, chunks, fps=self.plan.fps, note=note)
+            write_mp4(unfinished, chunks, fps=self.plan.recipe.fps, note=note)
         unfinished.replace(file)
 
     def finish(self, job: Mapping[str, Any]) -> Path:
@@ -299,7 +299,7 @@ class LayoutJob(PartJob):
                 "sample_index": number,
                 "prompt": layout.prompt_of(number).text,
                 "shown": self.plan.shown(layout.prompt_of(number).shown),
-                "seed": self.plan.described()["seed"],
+                "seed": self.plan.recipe.seed,
                 "files": [str(layout.file_of(number))],
             }
             for number in range(layout.num_samples)

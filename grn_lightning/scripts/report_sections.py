@@ -31,7 +31,7 @@ def _protocol(evaluation: dict[str, Any]) -> str:
             f"{refine['temperature']:g}, seed {evaluation['seed']}"
         )
     if (draw := evaluation.get("draw")) is not None:  # coarse-to-fine prediction
-        for stage in ("coarse", "fine") if evaluation["fine"] else ("coarse",):
+        for stage in ("coarse", "fine") if evaluation.get("fine") else ("coarse",):
             line += (
                 f"; {stage} labels at guidance {draw[stage]['guidance_scale']:g}, temperature "
                 f"{draw[stage]['temperature']:g}"

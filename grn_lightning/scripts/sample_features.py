@@ -202,7 +202,7 @@ class FeatureJob(PartJob):
             for suffix in (".png", ".mp4", ".gif"):
                 stem.with_suffix(suffix).unlink(missing_ok=True)
             note = self.plan.note_of(self.asked.field, value, number=number, num_steps=num_steps)
-            write_sample(stem, elements, pipeline, fps=self.plan.fps, note=note)
+            write_sample(stem, elements, pipeline, fps=self.plan.recipe.fps, note=note)
 
     def read(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Yield tensors of all parts, in order; those that a part lacks are left out.

@@ -1,9 +1,7 @@
 """Samples of coarse-to-fine prediction, or of its plain baseline, as a plan of all that decides."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +10,6 @@ import torch
 from grn_lightning.lit.loading import open_coarse_to_fine
 from grn_lightning.pipelines.coarse_to_fine import CoarseToFinePipeline
 from grn_lightning.pipelines.recipes import StageRecipe, check_weights
-from grn_lightning.samplers.coarse_to_fine import CoarseToFineConfig
 from grn_lightning.scripts.draw_plan import DrawOptions, SamplePlan
 from grn_lightning.scripts.drawing import DrawnPart, decoded, seconds_on
 from grn_lightning.scripts.runs import ClipSize
@@ -22,22 +19,12 @@ from grn_lightning.scripts.runs import ClipSize
 class StagePlan(SamplePlan):
     """Which stages draw how; what the samples show is said sample by sample."""
 
-    stages: tuple[str, str | None]
-    """Stage 1 or the plain baseline, and stage 2: runs, checkpoints or exports."""
-    tokenizer: str | None
-    """Where the tokenizer lies, if not where it lay in training."""
-    hashes: dict[str, str]
-    """Hashes of the weights of all parts."""
-    draw_config: CoarseToFineConfig
-    """How labels are drawn."""
+    recipe: StageRecipe
+    """What all samples have in common; its condition is empty."""
     pixels: ClipSize
     """Size of the samples."""
-    seed: int
-    """Seed of all draws."""
     batch_size: int
     """Samples drawn at a time."""
-    device: str
-    """Type of the device."""
 
     @classmethod
     def make(
@@ -59,16 +46,18 @@ class StagePlan(SamplePlan):
         first, second = stages
         stride = pipeline.tokenizer.config.spatial_stride
         height, width = pipeline.coarse.config.grid_size
-        return cls(
-            stages=(str(first), None if second is None else str(second)),
+        recipe = StageRecipe(
+            checkpoint=str(first),
+            fine=None if second is None else str(second),
             tokenizer=None if options.tokenizer is None else str(options.tokenizer),
-            hashes=pipeline.hashes,
-            draw_config=options.draw,
-            pixels=ClipSize(1, height * stride, width * stride),
+            weights=pipeline.hashes,
+            condition={},
+            sample_index=0,
             seed=options.seed,
-            batch_size=options.batch_size,
+            draw=options.draw,
             device=device.type,
         )
+        return cls(recipe, ClipSize(1, height * stride, width * stride), options.batch_size)
 
     @property
     def size(self) -> ClipSize:
@@ -76,41 +65,18 @@ class StagePlan(SamplePlan):
         return self.pixels
 
     @property
-    def fps(self) -> float:
-        """Of clips, which these are not."""
-        return 1.0
-
-    @property
     def walk(self) -> tuple[str, ...]:
         """What decides the cost of a sample, for tags."""
-        scales = f"scale {self.draw_config.coarse.guidance_scale:g}"
-        if self.stages[1] is None:
+        draw = self.recipe.draw
+        scales = f"scale {draw.coarse.guidance_scale:g}"
+        if self.recipe.fine is None:
             return (scales,)
-        fine = self.draw_config.fine.guidance_scale
+        fine = draw.fine.guidance_scale
         return "coarse to fine", scales if fine == 1 else f"{scales} and {fine:g}"
 
-    def described(self) -> dict[str, Any]:
-        """Return what a record says of the drawing."""
-        return {
-            "checkpoint": self.stages[0],
-            "fine": self.stages[1],
-            "weights": self.hashes,
-            "seed": self.seed,
-            "draw": asdict(self.draw_config),
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """Return what decides the samples, besides what they are asked to show, as plain data."""
-        facts = {
-            "weights": self.hashes,
-            "seed": self.seed,
-            "size": self.pixels,
-            "draw": asdict(self.draw_config),
-            "batch": self.batch_size,
-            "device": self.device,
-            "version": version("grn-lightning"),
-        }
-        return json.loads(json.dumps(facts))
+    def rest(self) -> dict[str, Any]:
+        """Return the size, of which recipes of stages say nothing: the networks have one."""
+        return {"size": self.pixels}
 
     def open(self, device: torch.device) -> CoarseToFinePipeline:
         """Load the weights.
@@ -118,8 +84,9 @@ class StagePlan(SamplePlan):
         Raises:
             ValueError: If they are others by now.
         """
-        pipeline = open_coarse_to_fine(*self.stages, tokenizer=self.tokenizer)
-        check_weights(self.hashes, pipeline.hashes, where=f"'{self.stages[0]}'")
+        recipe = self.recipe
+        pipeline = open_coarse_to_fine(recipe.checkpoint, recipe.fine, tokenizer=recipe.tokenizer)
+        check_weights(recipe.weights, pipeline.hashes, where=f"'{recipe.checkpoint}'")
         return pipeline.to(device)
 
     def draw(
@@ -139,7 +106,7 @@ class StagePlan(SamplePlan):
             start = seconds_on(pipeline.device)
             condition = pipeline.condition({name: some[part] for name, some in wanted.items()})
             drawn = pipeline.draw_codes(
-                condition, index[part], config=self.draw_config, seed=self.seed
+                condition, index[part], config=self.recipe.draw, seed=self.recipe.seed
             )
             clips = decoded(pipeline, drawn.codes) if decode else None
             yield DrawnPart(
@@ -154,17 +121,7 @@ class StagePlan(SamplePlan):
 
     def note_of(self, field: str, value: Any, *, number: int, num_steps: int) -> str:
         """Return the recipe that travels in the file of a sample, for `grn replay`."""
-        return StageRecipe(
-            checkpoint=self.stages[0],
-            fine=self.stages[1],
-            tokenizer=self.tokenizer,
-            weights=self.hashes,
-            condition={field: value},
-            sample_index=number,
-            seed=self.seed,
-            draw=self.draw_config,
-            device=self.device,
-        ).as_note()
+        return replace(self.recipe, condition={field: value}, sample_index=number).as_note()
 
     def shown(self, prompt: str) -> str:
         """Return what the networks read of a prompt: the prompt."""
